@@ -1,0 +1,1 @@
+"""Sources, row formats, chat templates and masks, checks, token cache and packing."""
