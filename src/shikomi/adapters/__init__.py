@@ -1,0 +1,1 @@
+"""Adapters: what is trained beside or inside a frozen base. One file per adapter."""

@@ -1,0 +1,140 @@
+"""From a resolved folder to a LanguageModel: load, replace linear layers, attach the adapter, choose the path."""
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.pytorch_utils import Conv1D
+
+from shikomi.adapters._attach import TrainedCopy, attach
+from shikomi.adapters.full import Full
+from shikomi.adapters.lora import Lora
+from shikomi.errors import BadInput, Problem
+from shikomi.model.device import Dtypes, choose_device, choose_dtypes, tune_allocator
+from shikomi.model.language_model import LanguageModel
+from shikomi.model.logprobs import Shape
+from shikomi.model.probe import choose_path
+from shikomi.quant._dense import Dense, widen_embedding
+
+
+def load_model(
+    folder: str,
+    adapter: Lora | Full | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    seed: int = 0,
+    max_length: int = 1024,
+    new_tokens: tuple[str, ...] = (),
+    tokenizer_folder: str | None = None,
+) -> LanguageModel:
+    """The model of a transformers folder; `adapter` is put on it fresh, None leaves everything frozen.
+
+    Raises BadInput for an architecture that is not a causal language model.
+    """
+    tune_allocator()
+    where = choose_device(device)
+    dtypes = choose_dtypes(dtype, where)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder or folder, local_files_only=True)
+    model = _load(folder, dtypes, where)
+    notes = _grow(model, tokenizer, new_tokens)
+    if new_tokens and isinstance(adapter, Lora):
+        adapter, note = _with_embeddings(model, adapter)
+        notes.append(note)
+    lm = wrap(model, tokenizer, adapter, dtypes, where, seed)
+    lm.notes = notes + lm.notes
+    choose_path(lm, max_length)
+    return lm
+
+
+def wrap(model, tokenizer, adapter: Lora | Full | None, dtypes: Dtypes, device: torch.device, seed: int = 0) -> LanguageModel:
+    """A loaded transformers model as a LanguageModel, without the choice of a path."""
+    own_attention = model.config._attn_implementation
+    head_name = next((n for n, m in model.named_modules() if m is model.get_output_embeddings()), None)
+    full = isinstance(adapter, Full)
+    for parameter in model.parameters():
+        parameter.requires_grad_(full)
+        if full:
+            parameter.data = parameter.data.float()
+    _replace_linears(model, dtypes.arithmetic)
+    if not full:
+        _widen_the_rest(model, dtypes.arithmetic)
+    widen_embedding(model.get_input_embeddings(), dtypes.arithmetic)
+    model.eval()
+    attached = attach(model, adapter, head_name, seed) if isinstance(adapter, Lora) else None
+    for copied in attached.copies.values() if attached else ():
+        if isinstance(copied.copy, nn.Embedding):
+            widen_embedding(copied.copy, dtypes.arithmetic)
+    return LanguageModel(
+        model=model, tokenizer=tokenizer, device=device, dtypes=dtypes, attached=attached,
+        own_attention=own_attention, shape=_head_shape(model.config),
+    )  # fmt: skip
+
+
+def _load(folder: str, dtypes: Dtypes, device: torch.device):
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise BadInput([Problem(f"{folder}: {config.model_type} is not a causal language model",
+                                allowed="decoder-only architectures of transformers")])  # fmt: skip
+    no_dropout(config)
+    model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtypes.storage, local_files_only=True)
+    return model.to(device)
+
+
+def no_dropout(config) -> None:
+    """Sets the base model's own dropout to 0: fine-tuning regularizes through the adapter."""
+    for key, value in config.to_dict().items():
+        if isinstance(value, float) and key.endswith(("dropout", "pdrop", "_drop", "dropout_rate", "dropout_prob")):
+            setattr(config, key, 0.0)
+
+
+def _grow(model, tokenizer, new_tokens: tuple[str, ...]) -> list[str]:
+    notes = []
+    added = tokenizer.add_tokens(list(new_tokens)) if new_tokens else 0
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        _mean_rows(model, rows)
+        notes.append(f"vocabulary grown from {rows} to {len(tokenizer)} rows ({added} new tokens)")
+    return notes
+
+
+def _mean_rows(model, rows: int) -> None:
+    """New rows start as the mean of the old ones, the same way every time."""
+    with torch.no_grad():
+        for module in {model.get_input_embeddings(), model.get_output_embeddings()}:
+            module.weight[rows:] = module.weight[:rows].float().mean(0).to(module.weight.dtype)
+
+
+def _with_embeddings(model, adapter: Lora) -> tuple[Lora, str]:
+    names = {id(m): n.rsplit(".", 1)[-1] for n, m in model.named_modules()}
+    wanted = [names[id(m)] for m in (model.get_input_embeddings(), model.get_output_embeddings())]
+    saved = list(dict.fromkeys([*(adapter.modules_to_save or []), *wanted]))
+    fields = {f: getattr(adapter, f) for f in adapter.__dataclass_fields__}
+    return Lora(**{**fields, "modules_to_save": saved}), f"new tokens: {' and '.join(wanted)} are trained whole"
+
+
+def _replace_linears(model: nn.Module, arithmetic: torch.dtype) -> None:
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear:
+                parent._modules[name] = Dense(child.weight, child.bias, arithmetic)
+            elif type(child) is Conv1D:
+                parent._modules[name] = Dense(child.weight, child.bias, arithmetic, transposed=True)
+
+
+def _widen_the_rest(model: nn.Module, arithmetic: torch.dtype) -> None:
+    """Casts what is not a Dense or the input embedding (norms, experts, positions): transformers multiplies those."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
+    for module in model.modules():
+        if isinstance(module, Dense | TrainedCopy) or module is embedding or module is head:
+            continue
+        for parameter in module.parameters(recurse=False):
+            parameter.data = parameter.data.to(arithmetic)
+
+
+def _head_shape(config) -> Shape:
+    """The logit scale and soft cap of an architecture, from the keys that transformers uses for them."""
+    settings = config.to_dict()
+    scale = float(settings.get("logit_scale") or 1.0)  # Cohere
+    if settings.get("logits_scaling"):
+        scale /= float(settings["logits_scaling"])  # Granite
+    return Shape(scale, settings.get("final_logit_softcapping"))  # Gemma 2, 3
