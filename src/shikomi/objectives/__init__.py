@@ -1,0 +1,1 @@
+"""Objectives: what is minimized. One file per method; each sees log-probabilities, never models."""
