@@ -63,6 +63,34 @@ class TrainedCopy(nn.Module):
     def forward(self, *args, **kwargs):
         return self.active(*args, **kwargs)
 
+    # Something linear, where the module is
+
+    @property
+    def base(self) -> Dense:
+        assert isinstance(self.active, Dense)
+        return self.active
+
+    @property
+    def in_features(self) -> int:
+        return self.base.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.base.out_features
+
+    @property
+    def needs_input(self) -> bool:
+        return self.base.needs_input
+
+    def trained(self) -> list[nn.Parameter]:
+        return self.base.trained()
+
+    def add_delta(self, y: Tensor, x: Tensor) -> None:
+        return self.base.add_delta(y, x)
+
+    def delta_gradients(self, dx: Tensor | None, dy: Tensor, x: Tensor | None) -> list[Tensor]:
+        return self.base.delta_gradients(dx, dy, x)
+
 
 @dataclass
 class Attached:
@@ -92,6 +120,11 @@ class Attached:
     def load(self, tensors: dict[str, Tensor], source: str) -> None:
         """Takes over an adapter's tensors; raises BadInput for names or shapes that do not fit this model."""
         mine = self.parameters()
+        for path, module in self.lora.items():  # PEFT saves the base's embedding and head where they are adapted
+            saved = tensors.get(f"{PREFIX}{path}.base_layer.weight")
+            if saved is not None and saved.shape == module.inner.weight.shape:
+                tensors = {k: t for k, t in tensors.items() if t is not saved}
+                module.inner.weight.data.copy_(saved)
         problems = []
         for name in sorted(mine.keys() - tensors.keys()):
             problems.append(Problem(f"the adapter lacks {name}", file=source))
@@ -206,7 +239,7 @@ def _train_biases(model: nn.Module, modules: dict[str, nn.Module], attached: Att
 def _saved_modules(modules: dict[str, nn.Module], options: Lora) -> list[str]:
     found = []
     for name in options.modules_to_save or []:
-        matches = [path for path in modules if path == name or path.endswith("." + name)]
+        matches = [path for path in modules if path.endswith(name)]  # PEFT's rule: also the end of a word
         if not matches:
             known = sorted({p.rsplit(".", 1)[-1] for p in modules if p and not p.rsplit(".", 1)[-1].isdigit()})
             close = nearest(name, known)

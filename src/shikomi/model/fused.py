@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from shikomi.adapters._attach import TrainedCopy
 from shikomi.model import attention
 from shikomi.model.attention import Layout, Rules
 from shikomi.quant._dense import Linear, compute, gradients, stack
@@ -24,8 +25,12 @@ LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen
 class Norm:
     """RMS norm: x / rms(x) * weight."""
 
-    weight: nn.Parameter
+    module: nn.Module  # may be a TrainedCopy, which gives the weight that is in force
     eps: float
+
+    @property
+    def weight(self) -> Tensor:
+        return self.module.weight  # type: ignore[return-value]
 
     def forward(self, h: Tensor) -> Tensor:
         return F.rms_norm(h, (h.shape[-1],), self.weight.detach().to(h.dtype), self.eps)
@@ -43,7 +48,8 @@ class Norm:
         return dy.addcmul_(normed, along, value=-1).mul_(rstd), dweight
 
     def trained(self) -> list[nn.Parameter]:
-        return [self.weight] if self.weight.requires_grad else []
+        weight = self.weight
+        return [weight] if isinstance(weight, nn.Parameter) and weight.requires_grad else []
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,7 +153,8 @@ def fuse(decoder: nn.Module, storage: torch.dtype) -> Blocks:
 
 
 def _norm(module: nn.Module) -> Norm:
-    return Norm(module.weight, module.variance_epsilon)  # type: ignore[arg-type]
+    inner = module.active if isinstance(module, TrainedCopy) else module
+    return Norm(module, inner.variance_epsilon)  # type: ignore[arg-type]
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: int = 1) -> None:
