@@ -113,9 +113,7 @@ class _Row:
         parent = self.parents[segment]
         if len(own_targets) and own_targets[0] == 0:
             if parent < 0:
-                raise ValueError(
-                    "the first token of an example cannot be a trained target: nothing predicts it"
-                )
+                raise ValueError("the first token of an example cannot be a trained target: nothing predicts it")
             rows[0] = self.offsets[parent] + self.lengths[parent] - 1
         self.pairs[number] = (rows, self.ids[segment][own_targets])
 
@@ -219,9 +217,7 @@ def pack_tree(
     Raises ValueError for an empty prompt or completion.
     """
     if not prompts or len(prompts) != len(completions):
-        raise ValueError(
-            f"{len(prompts)} prompts with {len(completions)} lists of completions: equal, at least 1"
-        )
+        raise ValueError(f"{len(prompts)} prompts with {len(completions)} lists of completions: equal, at least 1")
     if any(not len(p) for p in prompts) or any(not len(c) for several in completions for c in several):
         raise ValueError("pack_tree needs at least one token in every prompt and completion")
     prompt_ids = [np.asarray(p, np.int32) for p in prompts]
