@@ -96,7 +96,10 @@ def main() -> None:
     marks = [steps // 10, steps // 4, steps // 2, steps - steps // 100]
     sizes = [around(samples, mark, max(5, steps // 50)) for mark in marks]
     growth = sizes[-1] / sizes[0] - 1
-    rows = [[f"{mark}", f"{size / 1e6:.1f} MB", f"{size / sizes[0] - 1:+.2%}"] for mark, size in zip(marks, sizes, strict=True)]
+    rows = [
+        [f"{mark}", f"{size / 1e6:.1f} MB", f"{size / sizes[0] - 1:+.2%}"]
+        for mark, size in zip(marks, sizes, strict=True)
+    ]
     text = f"{table(['around step', 'resident, with children', 'against the first'], rows)}\n\n"
     text += f"Growth {growth:+.2%}; allowed {ALLOWED_GROWTH:.0%}: {'met' if growth <= ALLOWED_GROWTH else 'not met'}."
     write_section("memory", f"Memory over {steps} steps", text, "python benchmarks/memory.py")
