@@ -186,7 +186,7 @@ class Recipe(Part):
         default="auto", description="Arithmetic of the base model; adapters keep fp32 masters."
     )
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(default="auto", description="Where to train.")
-    seed: int = Field(default=0, ge=0, lt=2**63, description="Seed of initialisation, order and dropout.")
+    seed: int = Field(default=0, ge=0, le=2**32 - 1, description="Seed of initialisation, order and dropout.")
     stages: tuple[Stage, ...] = Field(min_length=1, description="What is done, in order; absent: one stage.")
     evaluate: EvaluateSpec | None = Field(default=None, description="The comparison after training; absent: none.")
     save_dtype: Literal["bf16", "fp32"] = Field(
