@@ -63,15 +63,7 @@ def _check(key: str, spec: Block) -> list[Problem]:
                 fix=f"did you mean `{close}`?" if close else None,
             )
         ]
-    if name in PLANNED = {
-    "adapter": ("dora", "bottleneck", "prefix", "prompt"),
-    "quant": ("nf4",),
-    "objective": ("dpo", "ipo", "orpo", "kto", "simpo", "reward", "ppo", "grpo"),
-    "optim": ("galore", "paged"),
-}
-"""Names that the design gives to components; one that has no file is said to be missing, not misspelt."""
-
-_NEEDS_NO_CLASS and not options:
+    if name in _NEEDS_NO_CLASS and not options:
         return []
     return check_options(registry.find(KINDS[key], name), options, key)
 
