@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shikomi.data.packing import pack_tree
-from shikomi.errors import BadInput
-from shikomi.evaluate.labels import label_set, prompt_groups, score_labels, without_last_tokens
+from shikomi.evaluate.labels import prompt_groups, score_labels, without_last_tokens
 
 EOT = 63
 TOKENS = st.integers(0, 62)
@@ -93,27 +92,3 @@ def test_one_token_labels_need_no_rows_of_their_own() -> None:
     with torch.no_grad():
         logp = model.score(packed).logp
     assert logp.tolist() == pytest.approx([model.sum_logp([1, 2, 3], [4]), model.sum_logp([1, 2, 3], [5])])
-
-
-def test_label_set_is_declared_or_sorted_and_finds_the_answers() -> None:
-    rows: list[tuple[str | None, str]] = [("net", "It is net."), ("admin", "It is admin."), ("net", "It is net.")]
-    assert label_set(rows).names == ("admin", "net")
-    declared = label_set(rows, ["web", "net", "admin"])
-    assert declared.names == ("web", "net", "admin") and declared.answer("web") == "It is web."
-    assert label_set([("a", "a"), ("b", "b")]).answers == ("a", "b")
-    assert label_set([("1", "one"), ("2", "two")]).answer("2") == "two"
-
-
-@pytest.mark.parametrize(
-    ("rows", "declared", "says"),
-    [
-        ([("a", "a"), ("b", "b")], ["a", "c"], "row 2"),
-        ([("a", "a"), (None, "b")], None, "row 2"),
-        ([("a", "a"), ("a", "a")], None, "two or more"),
-        ([("a", "a 1"), ("b", "b"), ("a", "a 2")], None, "not one answer"),
-        ([("a", "a")], ["a", "a"], "two or more"),
-    ],
-)
-def test_label_set_refuses(rows: list, declared: list[str] | None, says: str) -> None:
-    with pytest.raises(BadInput, match=says):
-        label_set(rows, declared)

@@ -5,69 +5,19 @@ over "libdevel": as an answer it must also stop where it stops. Base and trained
 through the same code.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 import torch
 
 from shikomi.data.packing import MIN_SHARED_PREFIX, Packed, pack_tree
-from shikomi.errors import BadInput, Problem
 from shikomi.model.language_model import LanguageModel
 from shikomi.progress import Progress, Silent
 
 MICRO_BATCH_TOKENS = 4096
 """Twice the training default: without gradients nothing is kept, and a larger row repeats shared examples less."""
-
-
-@dataclass(frozen=True)
-class LabelSet:
-    """Labels with the answers that mean them, in one order."""
-
-    names: tuple[str, ...]
-    answers: tuple[str, ...]
-
-    def answer(self, name: str) -> str:
-        """The text a model has to write for this label."""
-        return self.answers[self.names.index(name)]
-
-
-def label_set(rows: Sequence[tuple[str | None, str]], declared: Sequence[str] | None = None) -> LabelSet:
-    """The label set of training rows, each given as (label, answer text): declared labels, else the sorted distinct.
-
-    The answer of a label is that of its training rows; one without rows gets what stands around the others' labels
-    (a completion template such as "Section: {label}").
-    Raises BadInput for fewer than two labels, a row without a label or with one that is not declared, and a label
-    whose rows have different answers.
-    """
-    answers: dict[str, str] = {}
-    for number, (label, answer) in enumerate(rows, start=1):
-        if label is None or (declared is not None and label not in declared):
-            allowed = ", ".join(declared) if declared is not None else "a label in every row"
-            raise BadInput([Problem(f"training row {number}: label", found=repr(label), allowed=allowed)])
-        if answers.setdefault(label, answer) != answer:
-            problem = Problem(
-                f"label {label!r} is not one answer",
-                found=f"{answers[label]!r} and, in row {number}, {answer!r}",
-                allowed="a completion that depends on the label only",
-                fix="score this task with exact_match or rouge instead of a label set",
-            )
-            raise BadInput([problem])
-    names = list(declared) if declared is not None else sorted(answers)
-    if len(set(names)) < max(2, len(names)):
-        raise BadInput([Problem("label set", found=", ".join(names), allowed="two or more different labels")])
-    before, after = _around(answers)
-    return LabelSet(tuple(names), tuple(answers.get(name, f"{before}{name}{after}") for name in names))
-
-
-def _around(answers: Mapping[str, str]) -> tuple[str, str]:
-    """What all answers have before and after their label."""
-    for name, answer in answers.items():
-        before, found, after = answer.partition(name)
-        if found and all(f"{before}{other}{after}" == text for other, text in answers.items()):
-            return before, after
-    return "", ""
 
 
 def score_labels(
