@@ -68,6 +68,11 @@ class LoraLinear(nn.Module):
         return self.inner
 
     @property
+    def weight(self) -> Tensor:
+        """The base's weight, for code that reads it instead of calling the layer."""
+        return self.inner.weight
+
+    @property
     def needs_input(self) -> bool:
         return self.enabled or self.inner.needs_input
 

@@ -1,7 +1,7 @@
 """A causal language model with its adapter: scores packed micro-batches; the one object that the stages below use."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ from shikomi.adapters._attach import Attached, TrainedCopy, keyed
 from shikomi.data.packing import Packed
 from shikomi.model import attention, fused
 from shikomi.model.device import Dtypes
+from shikomi.model.generate import generate
 from shikomi.model.logprobs import Scored, Shape, log_probabilities
 
 PACKED = "shikomi_packed"  # our attention's name among transformers' attention functions
@@ -34,6 +35,7 @@ class LanguageModel:
     blocks: fused.Blocks | None = None
     recompute: int | str = 0
     origin: str = ""  # what the user called the base
+    stop_ids: list[int] = field(default_factory=list)  # tokens that end an answer
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -145,6 +147,21 @@ class LanguageModel:
             yield
         finally:
             self.model.set_attn_implementation(before)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stream: Callable[[str], None] | None = None,
+    ) -> list[list[int]]:
+        """New tokens of each prompt up to a stop token; temperature 0 is greedy."""
+        with self.generating():
+            return generate(
+                self.model, self.tokenizer, prompts, self.stop_ids, max_new_tokens, temperature, top_p, seed, stream
+            )
 
     def generating(self) -> contextlib.AbstractContextManager[None]:
         """Within: transformers' generate uses the model's own attention and masks."""

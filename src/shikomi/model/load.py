@@ -63,8 +63,10 @@ def wrap(model, tokenizer, adapter: Lora | Full | None, dtypes: Dtypes, device: 
     for copied in attached.copies.values() if attached else ():
         if isinstance(copied.copy, nn.Embedding):
             widen_embedding(copied.copy, dtypes.arithmetic)
+    ends = [model.generation_config.eos_token_id, model.config.eos_token_id, tokenizer.eos_token_id if tokenizer else None]
+    stop_ids = {i for end in ends if end is not None for i in (end if isinstance(end, list) else [end])}
     return LanguageModel(
-        model=model, tokenizer=tokenizer, device=device, dtypes=dtypes, attached=attached,
+        stop_ids=sorted(stop_ids), model=model, tokenizer=tokenizer, device=device, dtypes=dtypes, attached=attached,
         own_attention=own_attention, shape=_head_shape(model.config),
     )  # fmt: skip
 

@@ -1,0 +1,95 @@
+"""After the last step: the final adapter or model, what is compared, and what the run says of itself."""
+
+import dataclasses
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shikomi.adapters._attach import Attached
+from shikomi.checkpoint.merge import save_model
+from shikomi.checkpoint.peft_format import save_adapter
+from shikomi.model.files import ModelFiles
+from shikomi.model.language_model import LanguageModel
+from shikomi.recipe.schema import Recipe
+from shikomi.steps.memory import peak_device_memory_bytes, peak_memory_bytes
+from shikomi.train.state import State
+
+PACKAGES = ("shikomi", "torch", "transformers", "tokenizers", "safetensors", "numpy")
+
+
+def save_final(lm: LanguageModel, recipe: Recipe, files: ModelFiles, folder: Path, how: str) -> None:
+    """`final/` (or a stage's folder): an adapter in PEFT's format, or a whole transformers model."""
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[recipe.save_dtype]
+    if lm.attached is None:
+        save_model(lm, folder, dtype)
+        return
+    tensors = {name: p.detach().cpu() for name, p in lm.trainable().items()}
+    sources = ", ".join(Path(s.path).name for s in recipe.data.train)
+    save_adapter(
+        folder, peft_options(lm.attached), tensors, files.origin,
+        dtype=recipe.save_dtype, revision=files.revision, data=sources, method=how,
+    )  # fmt: skip
+    lm.tokenizer.save_pretrained(str(folder))
+
+
+def peft_options(attached: Attached) -> dict[str, Any]:
+    """The adapter's options as fields of PEFT's LoraConfig."""
+    return {"task_type": "CAUSAL_LM", **dataclasses.asdict(attached.options)}
+
+
+def stage_result(name: str, state: State, before: State) -> dict[str, Any]:
+    """What one finished stage did, from the states after and before it."""
+    return {
+        "name": name,
+        "steps": state.global_step - before.global_step,
+        "trained_tokens": state.trained_tokens - before.trained_tokens,
+        "total_tokens": state.total_tokens - before.total_tokens,
+        "training_seconds": round(state.training_seconds - before.training_seconds, 3),
+        "final_loss": state.last_loss,
+        "best": state.best,
+        "best_step": state.best_step,
+        "stopped_early": state.stopped_early,
+    }
+
+
+def result(
+    lm: LanguageModel, recipe: Recipe, state: State, wall_seconds: float, data: dict[str, Any],
+    evaluation: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """result.json of a finished run."""
+    return {
+        "finished": True,
+        "model": recipe.model,
+        "adapter": recipe.adapter.name,
+        "stages": state.finished_stages,
+        "steps": state.global_step,
+        "wall_seconds": round(wall_seconds, 3),
+        "training_seconds": round(state.training_seconds, 3),
+        "trained_tokens": state.trained_tokens,
+        "total_tokens": state.total_tokens,
+        "tokens_per_second": state.total_tokens / max(state.training_seconds, 1e-9),
+        "peak_memory_bytes": peak_memory_bytes(),
+        "peak_device_memory_bytes": peak_device_memory_bytes(lm.device),
+        "trainable_parameters": lm.trainable_parameters,
+        "total_parameters": lm.total_parameters,
+        "final_loss": state.last_loss,
+        "micro_batch_tokens": state.micro_batch_tokens,
+        "device": lm.device.type,
+        "storage_dtype": str(lm.dtypes.storage).removeprefix("torch."),
+        "arithmetic_dtype": str(lm.dtypes.arithmetic).removeprefix("torch."),
+        "path": lm.path,
+        "path_reason": lm.path_reason,
+        "data": data,
+        "planned": None,
+        "evaluation": evaluation,
+        "versions": {name: _version(name) for name in PACKAGES},
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
