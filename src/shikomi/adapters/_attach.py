@@ -16,6 +16,7 @@ from shikomi.errors import BadInput, Problem, nearest
 from shikomi.quant._dense import Dense
 
 PREFIX = "base_model.model."
+BARE = ("dt_proj",)  # Mamba layers read this weight instead of calling the layer: an update beside it has no effect
 
 
 class LoraEmbedding(nn.Module):
@@ -191,6 +192,7 @@ def _targets(modules: dict[str, nn.Module], options: Lora, output_name: str | No
     want = options.target_modules
     if want == "all-linear":
         found = [p for p in modules if p in usable and isinstance(modules[p], Dense) and p != output_name]
+        found = [p for p in found if not p.endswith(BARE)]
     else:
         found = [p for p in modules if p in usable and _matches(want, p)]
     if options.exclude_modules:

@@ -73,6 +73,10 @@ class LoraLinear(nn.Module):
         return self.inner.weight
 
     @property
+    def bias(self) -> nn.Parameter | None:
+        return self.inner.bias
+
+    @property
     def needs_input(self) -> bool:
         return self.enabled or self.inner.needs_input
 

@@ -38,15 +38,20 @@ def merge_weights(lm: LanguageModel, dtype: torch.dtype, stochastic: bool = Fals
         if isinstance(module, LoraLinear):
             merged = module.inner.full_weight() + module.delta_weight()
             merged = merged.t() if module.inner.transposed else merged
-            module.inner.weight.data = _rounded(merged, dtype, stochastic, generator).contiguous()
+            module.inner.weight = _parameter(_rounded(merged, dtype, stochastic, generator))
         elif isinstance(module, LoraEmbedding):
             delta = (module.lora_embedding_B.detach() @ module.lora_embedding_A.detach()).t() * module.scaling
             merged = module.inner.weight.detach().float() + delta
-            module.inner.weight.data = _rounded(merged, dtype, stochastic, generator)
+            module.inner.weight = _parameter(_rounded(merged, dtype, stochastic, generator))
         module.enabled = False
     for copied in lm.attached.copies.values():
         for parameter in copied.copy.parameters():
             parameter.data = _rounded(parameter.detach(), dtype, stochastic, generator)
+
+
+def _parameter(weight: Tensor) -> nn.Parameter:
+    """A parameter of its own, so that a tied one stays as it was."""
+    return nn.Parameter(weight.contiguous(), requires_grad=False)
 
 
 def _rounded(weight: Tensor, dtype: torch.dtype, stochastic: bool, generator: torch.Generator) -> Tensor:
@@ -114,13 +119,13 @@ def merge(
     notes = []
     chosen = torch.float32 if dtype == "fp32" or (dtype == "auto" and lm.total_parameters < SMALL_MODEL) else torch.bfloat16
     if dtype == "auto" and chosen == torch.bfloat16:
-        kept = [m.inner.weight.data for m in lm.attached.lora.values()]
+        kept = [m.inner.weight for m in lm.attached.lora.values()]
         merge_weights(lm, chosen)
         if float((_logits(lm, probes) - adapted).abs().mean()) > LARGE_DRIFT * effect:
             chosen = torch.float32
             notes.append("bf16 would have lost part of the update: merged to fp32")
         for module, weight in zip(lm.attached.lora.values(), kept, strict=True):
-            module.inner.weight.data, module.enabled = weight, True
+            module.inner.weight, module.enabled = weight, True
     merge_weights(lm, chosen, stochastic=dtype == "bf16-stochastic", seed=seed)
     merged = _logits(lm, probes)
     drift = (merged - adapted).abs()
