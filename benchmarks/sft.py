@@ -37,6 +37,16 @@ from measure import (
 BATCH, RANK, RATE, MAX_LENGTH, MICRO_BATCH_TOKENS = 4, 8, 2e-4, 1024, 2048
 BEST = "bf16" if has_bf16_units() else "fp32"
 
+# SmolLM2's own template without the line break after the last turn, which TRL scores as part of the answer and we do
+# not; without it both sides train exactly the same tokens.
+TEMPLATE = (
+    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}{{ '<|im_start|>system\n"
+    "You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' }}"
+    "{% if not loop.last or add_generation_prompt %}{{ '\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
 
 def make_rows(path: Path, count: int) -> None:
     """Chat rows of some 80 to 800 tokens out of the example data: synopses asked for one to five packages at once."""
@@ -76,6 +86,7 @@ def count_tokens(model: Path, rows: Path) -> list[tuple[int, int]]:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = TEMPLATE
     sizes = []
     for line in rows.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
@@ -93,6 +104,7 @@ def write_recipe(path: Path, adapter: Path, rows: Path) -> None:
     recipe = {
         "model": str(adapter),
         "data": {"train": str(rows), "format": "prompt_completion"},
+        "chat_template": TEMPLATE,
         "max_length": MAX_LENGTH,
         "num_train_epochs": 1,
         "batch_size": BATCH,
@@ -137,7 +149,7 @@ def peer(model: Path, rows: Path, adapter: Path, dtype: str, env: dict[str, str]
     """One run of TRL in this dtype, with these additions to its environment, on the first `limit` rows."""
     script = str(HERE / "peers" / "trl_sft.py")
     command = [sys.executable, script, str(model), str(rows), "--adapter", str(adapter)]
-    command += ["--batch", str(BATCH), "--max-length", str(MAX_LENGTH), "--lr", str(RATE)]
+    command += ["--chat-template", TEMPLATE, "--batch", str(BATCH), "--max-length", str(MAX_LENGTH), "--lr", str(RATE)]
     command += ["--schedule", "constant", "--limit", str(limit), *(["--fp32"] if dtype == "fp32" else [])]
     done = run(command, env)
     keep = ("tokens", "tokens_per_second", "first_step_at", "loss", "grad_norm")

@@ -13,7 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 from peft import LoraConfig, PeftModel
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 
 def options(description: str, rows: str, batch: int, limit: int, learning_rate: float) -> argparse.ArgumentParser:
@@ -29,6 +29,7 @@ def options(description: str, rows: str, batch: int, limit: int, learning_rate: 
     parser.add_argument("--lr", type=float, default=learning_rate)
     parser.add_argument("--schedule", default="linear", help="lr_scheduler_type")
     parser.add_argument("--fp32", action="store_true", help="fp32 weights and arithmetic instead of bf16")
+    parser.add_argument("--chat-template", help="instead of the model's own")
     parser.add_argument("--adapter", help="start from this PEFT adapter, so that two programs can begin alike")
     return parser
 
@@ -36,6 +37,14 @@ def options(description: str, rows: str, batch: int, limit: int, learning_rate: 
 def read_rows(path: Path, limit: int) -> list[dict[str, Any]]:
     with path.open(encoding="utf-8") as lines:
         return [json.loads(line) for line, _ in zip(lines, range(limit), strict=False)]
+
+
+def load_tokenizer(args: argparse.Namespace) -> Any:
+    """The model's tokenizer, with another chat template where one was given."""
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    if args.chat_template:
+        tokenizer.chat_template = args.chat_template
+    return tokenizer
 
 
 def load(args: argparse.Namespace, **how: Any) -> Any:

@@ -5,9 +5,8 @@ python benchmarks/peers/trl_dpo.py MODEL_FOLDER PAIRS.jsonl [--r 8] [--targets q
 PAIRS hold {"prompt": [messages], "chosen": [messages], "rejected": [messages]}. A pair's tokens count its prompt twice.
 """
 
-from common import Clock, load, lora, options, read_rows, report, settings
+from common import Clock, load, load_tokenizer, lora, options, read_rows, report, settings
 from datasets import Dataset
-from transformers import AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
 
@@ -17,7 +16,7 @@ def main() -> None:
     parser.add_argument("--loss-type", default="sigmoid")
     args = parser.parse_args()
 
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer = load_tokenizer(args)
     pairs = read_rows(args.pairs, args.limit)
     encoded = [
         tokenizer.apply_chat_template(pair["prompt"] + pair[side], tokenize=True, return_dict=False)

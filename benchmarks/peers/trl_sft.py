@@ -6,9 +6,9 @@ ROWS hold {"prompt": [messages], "completion": [messages]}. tokens_per_second co
 """
 
 import torch
-from common import Clock, load, lora, options, read_rows, report, settings
+from common import Clock, load, load_tokenizer, lora, options, read_rows, report, settings
 from datasets import Dataset
-from transformers import AutoTokenizer, BitsAndBytesConfig
+from transformers import BitsAndBytesConfig
 from trl import SFTConfig, SFTTrainer
 
 
@@ -17,7 +17,7 @@ def main() -> None:
     parser.add_argument("--nf4", action="store_true", help="4-bit base with double quantization (bitsandbytes)")
     args = parser.parse_args()
 
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer = load_tokenizer(args)
     rows = read_rows(args.rows, args.limit)
     encoded = [
         tokenizer.apply_chat_template(row["prompt"] + row["completion"], tokenize=True, return_dict=False)
