@@ -6,6 +6,7 @@ from shikomi.recipe.dump import RESUMABLE, as_json, differences, dump_recipe, re
 from shikomi.recipe.foreign import translations
 from shikomi.recipe.load import load_recipe, parse_recipe
 from shikomi.recipe.schema import ComponentSpec, DataSpec, EvaluateSpec, Recipe, Source, Stage
+from shikomi.recipe.template import starter_recipe
 
 __all__ = [
     "RESUMABLE",
@@ -25,5 +26,6 @@ __all__ = [
     "parse_recipe",
     "reference",
     "refused_on_resume",
+    "starter_recipe",
     "translations",
 ]

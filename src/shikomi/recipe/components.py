@@ -14,7 +14,7 @@ from shikomi.recipe.describe import KINDS, option_fields, words
 from shikomi.recipe.edit import DEFAULT_NAMES
 from shikomi.recipe.explain import explain_value
 from shikomi.recipe.schema import ComponentSpec
-from shikomi.recipe.tree import Block, Items, shown, tree_of
+from shikomi.recipe.tree import Block, Items, tree_of
 
 PLANNED = {
     "adapter": ("dora", "bottleneck", "prefix", "prompt"),
@@ -78,7 +78,6 @@ def check_options(cls: type, options: Block, key: str) -> list[Problem]:
             problems.append(
                 options.place(name).problem(
                     f"unknown key `{key}.{name}`",
-                    found=shown(options[name]),
                     allowed=", ".join(fields) or "no options",
                     fix=f"did you mean `{close}`?" if close else None,
                 )

@@ -134,8 +134,8 @@ def reference() -> list[tuple[str, str, Any, str]]:
                 continue
             inner = block_of(field)
             kind = words(field.annotation, field.metadata)
-            if inner in (Source, DataSpec, Stage, EvaluateSpec):
-                kind = "a list of blocks" if "list of" in kind else "a block"
+            if inner is DataSpec or inner is EvaluateSpec:
+                kind = "a block"
             default = "(required)" if field.is_required() else default_of(field)
             rows.append((prefix + key, kind, default, field.description or ""))
             if inner is DataSpec or inner is EvaluateSpec or key == "train":
