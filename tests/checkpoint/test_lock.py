@@ -99,6 +99,7 @@ def test_asking_does_not_disturb_a_writer_that_starts(tmp_path):
     if asking == 0:
         while True:
             is_locked(tmp_path)
+            time.sleep(0.001)
     try:
         end = time.monotonic() + 0.5
         while time.monotonic() < end:

@@ -123,17 +123,19 @@ def in_child(work) -> int:
 def killed_at(call: int, work) -> bool:
     """Runs `work` in a child that dies right before its `call`-th change to the disk; False when it had fewer."""
 
+    calls = 0
+
     def counted(function):
         def wrapper(*args, **kwargs):
-            counted.calls += 1
-            if counted.calls == call:
+            nonlocal calls
+            calls += 1
+            if calls == call:
                 os.kill(os.getpid(), signal.SIGKILL)
             return function(*args, **kwargs)
 
         return wrapper
 
     def child() -> None:
-        counted.calls = 0
         for name in ("open", "write", "fsync", "rename", "mkdir", "rmdir", "unlink"):
             setattr(os, name, counted(getattr(os, name)))
         work()
@@ -402,13 +404,13 @@ def test_a_damaged_later_checkpoint_never_displaces_a_good_earlier_one(tmp_path)
 
 
 def test_what_prune_was_killed_in_is_no_checkpoint(tmp_path):
-    write(tmp_path, 10)
     call = 0
     while True:
         call += 1
+        older = write(tmp_path, 10)
         write(tmp_path, 20)
         if not killed_at(call, lambda: prune(tmp_path, 1)):
             break
-        assert newest_valid(tmp_path).notes == []
-        write(tmp_path, 10)
-    assert call > 3
+        assert not older.exists() or damage(older) is None, f"killed at call {call}"
+        assert_is(newest_valid(tmp_path).folder, 20)
+    assert call > 3 and [p.name for p in tmp_path.iterdir()] == ["step-000020"]
