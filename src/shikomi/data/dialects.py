@@ -139,3 +139,12 @@ READERS = {
     "alpaca": _alpaca,
     "prompt_completion": _prompt_completion,
 }
+
+KEYS = {
+    "text": ("text",),
+    "messages": ("messages", "tools", "system"),
+    "sharegpt": ("conversations", "tools", "system"),
+    "alpaca": ("instruction", "input", "output", "system"),
+    "prompt_completion": ("prompt", "completion", "tools", "system"),
+}
+"""Columns that each format reads."""

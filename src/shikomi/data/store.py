@@ -1,0 +1,214 @@
+"""The token cache: tokenised rows in memory-mapped files, made once per data, tokenizer, template and options."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from shikomi.data.check import Report, Scan
+from shikomi.data.encode import Encoder
+from shikomi.data.packing import Example
+from shikomi.data.sources import file_sha256, fingerprint
+from shikomi.data.split import Split
+from shikomi.errors import TryAgain
+from shikomi.progress import Progress, Silent
+
+if TYPE_CHECKING:
+    from shikomi.recipe import DataSpec, Source
+
+VERSION = 1
+"""Of the files below; part of every cache key."""
+
+_ARRAYS = {
+    "ids": np.int32,  # tokens of all rows, one row after the other
+    "mask": np.bool_,  # trained targets
+    "offsets": np.int64,  # (rows + 1,) first token of each row
+    "source": np.int32,  # (rows,) number of the row's source
+    "file": np.int32,  # (rows,) index into the file names
+    "line": np.int64,  # (rows,) where the row stands in its file
+}
+
+
+@dataclass(frozen=True, eq=False)
+class TokenStore:
+    """Tokenised rows in the order of the data. `store[i]` is an Example whose `row` is i.
+
+    lengths (n,) int64 tokens per row; weights (n,) float64 how often each row is seen per epoch, None where all are
+    seen once; report: the counts of the pass that made it; fingerprint: the cache key.
+    """
+
+    fingerprint: str
+    report: Report
+    files: list[str]
+    weights: np.ndarray | None
+    _arrays: dict[str, np.ndarray]
+
+    @classmethod
+    def build(
+        cls,
+        sources: Sequence[Source],
+        spec: DataSpec,
+        encoder: Encoder,
+        cache_dir: Path,
+        labels: tuple[str, ...] | None = None,
+        role: str = "train",
+        side: Split | None = None,
+        progress: Progress | None = None,
+    ) -> TokenStore:
+        """Open the cached tokens of these rows, or make them.
+
+        labels: what `{labels}` stands for in column templates; role: which files of a folder; side: one side of a
+        validation split. A cache that is damaged is made again. Raises BadInput with every problem of the data (and
+        writes nothing then), TryAgain when the disk is full.
+        """
+        shown = progress or Silent()
+        key = cache_key(sources, spec, encoder, labels, role, side)
+        folder = cache_dir / key
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with _one_builder(cache_dir / f"{key}.lock"):
+            if folder.exists():
+                damage = _damage(folder)
+                if damage is None:
+                    return cls._open(folder, sources)
+                shown.note(f"the token cache is damaged ({damage}) and is made again")
+                shutil.rmtree(folder)
+            temporary = cache_dir / f"{key}.tmp"
+            shutil.rmtree(temporary, ignore_errors=True)  # of a builder that was killed: the lock is ours
+            try:
+                temporary.mkdir()
+                _write(temporary, Scan(sources, spec, labels, role, side), encoder, shown)
+                os.rename(temporary, folder)
+            except OSError as error:
+                if error.errno == errno.ENOSPC:
+                    raise TryAgain(f"the disk is full: tokens cannot be written to {cache_dir}") from error
+                raise
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+        return cls._open(folder, sources)
+
+    @classmethod
+    def _open(cls, folder: Path, sources: Sequence[Source]) -> TokenStore:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        arrays = {name: _mapped(folder / f"{name}.bin", dtype) for name, dtype in _ARRAYS.items()}
+        weights = np.asarray([source.weight for source in sources], np.float64)[arrays["source"]]
+        return cls(
+            fingerprint=folder.name,
+            report=Report(**meta["report"]),
+            files=meta["files"],
+            weights=None if (weights == 1).all() else weights,
+            _arrays=arrays,
+        )
+
+    def __len__(self) -> int:
+        return len(self._arrays["source"])
+
+    def __getitem__(self, index: int) -> Example:
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        start, end = self._arrays["offsets"][index : index + 2]
+        return Example(self._arrays["ids"][start:end], self._arrays["mask"][start:end], int(index))
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self[i] for i in range(len(self)))
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row, (n,) int64."""
+        return np.diff(self._arrays["offsets"])
+
+    def where(self, index: int) -> tuple[str, int]:
+        """File and line that row `index` came from."""
+        return self.files[int(self._arrays["file"][index])], int(self._arrays["line"][index])
+
+
+def cache_key(
+    sources: Sequence[Source],
+    spec: DataSpec,
+    encoder: Encoder,
+    labels: tuple[str, ...] | None,
+    role: str,
+    side: Split | None,
+) -> str:
+    """SHA-256 (hex) of everything that decides the tokens."""
+    content: dict[str, Any] = {
+        "version": VERSION,
+        "sources": [fingerprint(source, role) for source in sources],
+        "encoder": encoder.fingerprint(),
+        "format": [spec.format, spec.prompt, spec.completion, spec.system],
+        "labels": [labels, spec.labels],
+        "side": [side.side, side.seed, side.threshold] if side else None,
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _write(folder: Path, scan: Scan, encoder: Encoder, progress: Progress) -> None:
+    """Tokenise the rows of `scan` into the folder's files, then its meta.json with their SHA-256."""
+    files: dict[str, int] = {}
+    offset = 0
+    handles = {name: (folder / f"{name}.bin").open("wb") for name in _ARRAYS}
+
+    def write(name: str, values: Any) -> None:
+        handles[name].write(np.asarray(values, _ARRAYS[name]).tobytes())
+
+    try:
+        write("offsets", [0])
+        for item, encoded in scan.encoded(encoder, progress):
+            offset += len(encoded.ids)
+            write("ids", encoded.ids)
+            write("mask", encoded.mask)
+            write("offsets", [offset])
+            write("source", [item.source])
+            write("file", [files.setdefault(item.row.file, len(files))])
+            write("line", [item.row.line])
+        for handle in handles.values():
+            handle.flush()
+            os.fsync(handle.fileno())
+    finally:
+        for handle in handles.values():
+            handle.close()
+    scan.problems.raise_if_any()
+    sums = {name: file_sha256(folder / f"{name}.bin") for name in _ARRAYS}
+    meta = {"sha256": sums, "report": scan.report.as_dict(), "files": list(files)}
+    with (folder / "meta.json").open("w", encoding="utf-8") as file:
+        json.dump(meta, file, ensure_ascii=False)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with a cache folder; None if every file is as it was written."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        for name, expected in meta["sha256"].items():
+            if file_sha256(folder / f"{name}.bin") != expected:
+                return f"{name}.bin has other bytes"
+        Report(**meta["report"])
+        complete = set(meta["sha256"]) == set(_ARRAYS) and isinstance(meta["files"], list)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return str(error)
+    return None if complete else "meta.json is not complete"
+
+
+def _mapped(path: Path, dtype: type) -> np.ndarray:
+    if path.stat().st_size == 0:  # an empty file cannot be mapped
+        return np.zeros(0, dtype)
+    return np.memmap(path, dtype, mode="r")
+
+
+@contextmanager
+def _one_builder(lock: Path) -> Iterator[None]:
+    """Hold the kernel's lock on `lock`, waiting for another builder of the same tokens to finish."""
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
