@@ -192,14 +192,15 @@ def test_kills_at_random_times_leave_a_whole_checkpoint(tmp_path):
         if child == 0:
             train(last)
             os._exit(0)
-        time.sleep(rng.uniform(0.005, 0.05))
+        while newest_valid(checkpoints).state["step"] == last:
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.02))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         found = newest_valid(checkpoints)
-        assert found.notes == [] and found.state["step"] >= last
+        assert found.notes == [] and found.state["step"] > last
         last = found.state["step"]
         assert_is(found.folder, last)
-    assert last > 20
 
 
 # A full disk

@@ -215,7 +215,8 @@ def test_a_full_disk_is_try_again_and_keeps_what_was_there(tmp_path, monkeypatch
 
     monkeypatch.setattr(os, "fsync", full)
     monkeypatch.setattr("builtins.open", full)
-    arguments = {"write_result": [{"finished": True}], "append_metrics": [{"step": 2}], "log": ["text"]}
+    arguments: dict[str, list] = {"log": ["text"], "append_metrics": [{"step": 2}]}
+    arguments["write_result"] = [{"finished": True}]
     with pytest.raises(TryAgain, match="the disk is full"):
         getattr(run, name)(*arguments.get(name, []))
     monkeypatch.undo()

@@ -206,6 +206,7 @@ def prune(checkpoints: Path, keep: int | None, best: Path | None = None) -> list
     if best is not None:
         kept.add(best.name)
     gone = [folder for _, folder in sorted(_steps(checkpoints)) if folder.name not in kept]
-    for folder in gone:
-        remove_folder(folder)
+    with saving("the list of checkpoints", checkpoints):
+        for folder in gone:
+            remove_folder(folder)
     return gone
