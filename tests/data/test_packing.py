@@ -25,9 +25,7 @@ def scored_pairs(packed: Packed) -> list[tuple[int, tuple[int, ...], int]]:
 
 def expected_pairs(examples: list[Example]) -> list[tuple[int, tuple[int, ...], int]]:
     return [
-        (n, tuple(e.ids[:i].tolist()), int(e.ids[i]))
-        for n, e in enumerate(examples)
-        for i in np.flatnonzero(e.mask)
+        (n, tuple(e.ids[:i].tolist()), int(e.ids[i])) for n, e in enumerate(examples) for i in np.flatnonzero(e.mask)
     ]
 
 
