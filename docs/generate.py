@@ -16,16 +16,18 @@ RECIPE = """# Recipe reference
 
 Written by `docs/generate.py` from the source; `shikomi recipe` prints the same.
 
-A recipe is YAML or JSON. Only `model` and `data.train` must be given. Keys of a stage may stand at the top: they are then the defaults
-of every stage, and a recipe without `stages` has one. Numbers may be written `1e-4`; a number in quotes is text, and an error. Paths
-resolve against the folder in which the command runs. Any key can be changed on the command line: `shikomi train my.yaml learning_rate=1e-4
-adapter.r=32`. What the keys of TRL, PEFT, Axolotl and LLaMA-Factory are called here: [other-tools.md](other-tools.md).
+A recipe is YAML or JSON. Only `model` and `data.train` must be given. Keys of a stage may stand at the top: they are
+then the defaults of every stage, and a recipe without `stages` has one. Numbers may be written `1e-4`; a number in
+quotes is text, and an error. Paths resolve against the folder in which the command runs. Any key can be changed on
+the command line: `shikomi train my.yaml learning_rate=1e-4 adapter.r=32`. What the keys of TRL, PEFT, Axolotl and
+LLaMA-Factory are called here: [other-tools.md](other-tools.md).
 """
 
 OTHER = """# You know another tool
 
-Written by `docs/generate.py` from the source. Blocks pasted from TRL, transformers, PEFT, Axolotl and LLaMA-Factory are understood: each
-key that is called otherwise here is translated, and the run says how it was read. Keys that are the same are not listed.
+Written by `docs/generate.py` from the source. Blocks pasted from TRL, transformers, PEFT, Axolotl and LLaMA-Factory
+are understood: each key that is called otherwise here is translated, and the run says how it was read. Keys that are
+the same are not listed.
 """
 
 
