@@ -69,7 +69,7 @@ def test_a_kind_without_a_folder_has_no_names(monkeypatch):
 def test_the_components_of_the_package_are_found():
     assert {"full", "lora"} <= set(registry.names("adapters"))
     assert not [name for kind in registry.KINDS for name in registry.names(kind) if name.startswith("_")]
-    assert registry.find("metrics", "accuracy").name == "accuracy"
+    assert vars(registry.find("metrics", "accuracy"))["name"] == "accuracy"
 
 
 def test_listing_all_components_and_reading_a_recipe_import_no_torch():

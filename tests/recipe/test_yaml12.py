@@ -2,7 +2,7 @@ import json
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shikomi.errors import BadInput
@@ -89,12 +89,14 @@ def test_json_has_lines_tabs_escapes_and_its_own_errors():
     ]
 
 
+@settings(deadline=None)
 @given(TREES)
 def test_what_is_written_reads_back_with_values_and_types(tree):
     read = read_yaml(to_yaml({"tree": tree}), "f")["tree"]
     assert repr(json.dumps(read, sort_keys=True)) == repr(json.dumps(tree, sort_keys=True))
 
 
+@settings(deadline=None)
 @given(TREES)
 def test_json_reads_as_json_does(tree):
     if not any(isinstance(leaf, float) and math.isinf(leaf) for leaf in _leaves(tree)):

@@ -131,6 +131,8 @@ def _cross_checks(tree: Block) -> Iterator[Problem]:
         yield from _check_data(data)
     if isinstance(tree.get("evaluate"), Block):
         yield from _check_evaluate(tree, tree["evaluate"])
+    if tree.get("output_dir") == "":
+        yield tree.place("output_dir").problem("`output_dir`", "''", "a path", "delete the key for runs/<recipe name>")
     template = tree.get("chat_template")
     if isinstance(template, str) and "{" not in template and not template.startswith(("/", "\\")):
         if len(template) < 2 or template[1] != ":":  # a drive letter

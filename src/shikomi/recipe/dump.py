@@ -31,7 +31,8 @@ for _first, _resolvers in Loader12.yaml_implicit_resolvers.items():
 
 
 def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
-    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style='"' if "\n" in value else None)
+    breaks = set("\n\r\x85\u2028\u2029").intersection(value)  # folded, and so changed, without double quotes
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style='"' if breaks else None)
 
 
 Dumper12.add_representer(str, _text)
@@ -56,9 +57,7 @@ def differences(old: Recipe, new: Recipe) -> list[tuple[str, Any, Any]]:
 
 def refused_on_resume(old: Recipe, new: Recipe) -> list[tuple[str, Any, Any]]:
     """The differences that a resumed run may not have: all but those of RESUMABLE keys."""
-    return [
-        difference for difference in differences(old, new) if not RESUMABLE.intersection(difference[0].split("."))
-    ]
+    return [difference for difference in differences(old, new) if not RESUMABLE.intersection(difference[0].split("."))]
 
 
 def _flat(value: Any, above: str = "") -> dict[str, Any]:
