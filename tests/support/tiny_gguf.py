@@ -70,7 +70,7 @@ def write_tiny(
     writer.add_name("Tiny Test 8k")
     _write_vocabulary(writer, tokens, types, merges, splitter)
     for key, value in (metadata or {}).items():
-        add: Any = {float: writer.add_float32, int: writer.add_uint32, str: writer.add_string}[type(value)]
+        add = {float: writer.add_float32, int: writer.add_uint32, str: writer.add_string}[type(value)]
         add(key, value)
     for tensor_name, values in (_tensors(model, name) | (extra or {})).items():
         if not tensor_name.startswith(leave_out or ("-",)):
