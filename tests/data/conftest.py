@@ -47,7 +47,7 @@ SPECIAL = {
 
 @cache
 def trained_backend(kind: str) -> str:
-    """A tokenizer's JSON: `bytes` (as GPT-2), or a space put before the text by `prepend` (as Llama 2) or `metaspace`."""
+    """A tokenizer's JSON: `bytes` (as GPT-2), or with a space put before the text: `prepend` (Llama 2), `metaspace`."""
     if kind == "bytes":
         backend = Tokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -274,6 +274,17 @@ def test_template_without_an_end_of_turn_gets_the_end_of_text(make_tokenizer):
     assert "writes no end of turn" in encoder.notes[0]
 
 
+def test_end_of_turn_of_several_tokens(make_tokenizer):
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|endoftext|><|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer = make_tokenizer("qwen2_5")
+    encoder = Encoder(tokenizer, template=template)
+    assert trained_text(encoder, Conversation(QA[:2])) == "first<|endoftext|><|im_end|>"
+    assert encoder.stop_ids == [tokenizer.convert_tokens_to_ids("<|im_end|>")]
+
+
 def test_template_with_an_end_of_turn_in_words(make_tokenizer):
     template = (
         "{% for m in messages %}{{ m.role }}: {{ m.content }} [END]\n{% endfor %}"

@@ -116,7 +116,8 @@ class Encoder:
     def stop_ids(self) -> list[int]:
         """Token ids at which generation stops: end of turn and end of text."""
         ends = [self._finder.end_of_last, self._finder.end_of_inner] if self._finder else []
-        ids = {self._tokens.special[e] for e in ends if e in self._tokens.special}
+        found = (self._tokens.last_special(end) for end in ends if end is not None)
+        ids = {number for number in found if number is not None}
         if self.tokenizer.eos_token_id is not None:
             ids.add(self.tokenizer.eos_token_id)
         return sorted(ids)

@@ -49,6 +49,7 @@ class TextTokenizer:
         self._any_special = re.compile(alternatives)
         self._special_starts = re.compile(f"(?={alternatives})")
         self._template_special = re.compile(f"(?<!{USER_MARK})(?:{alternatives})")
+        self._special_run = re.compile(f"(?<!{USER_MARK})(?:{alternatives})+")
         glued = self._ids("\nword") == self._ids("\n") + self._ids("word")
         self._needs_anchor = not glued
 
@@ -69,6 +70,16 @@ class TextTokenizer:
         """The first special token in rendered text that the template itself wrote."""
         found = self._template_special.search(text)
         return found.group() if found else None
+
+    def special_run(self, text: str) -> str | None:
+        """The first special token that the template wrote, with those that follow it directly."""
+        found = self._special_run.search(text)
+        return found.group() if found else None
+
+    def last_special(self, text: str) -> int | None:
+        """The id of the last special token in a text, or None."""
+        found = self._any_special.findall(text)
+        return self.special[found[-1]] if found else None
 
     def encode(self, pieces: Sequence[Piece]) -> list[tuple[np.ndarray, np.ndarray]]:
         """(ids (S,) int32, trained (S,) bool) of each piece, tokenised in one batch."""

@@ -63,7 +63,7 @@ class TurnFinder:
         after_last = last.rsplit(PROBE_ANSWER, 1)[1]
         after_inner = inner.rsplit(PROBE_ANSWER, 1)[1].split(PROBE_NEXT, 1)[0]
         before = last.split(PROBE_PROMPT, 1)[0]
-        self.end_of_last = tokens.first_special(after_last) or after_last.strip() or None
+        self.end_of_last = tokens.special_run(after_last) or after_last.strip() or None
         self.end_of_inner = self._inner_end(after_inner, before)
 
     def _inner_end(self, after: str, before: str) -> str | None:
@@ -122,7 +122,7 @@ class TurnFinder:
         found = text.find(content, start, limit) if content else start
         if end_of_turn is not None:
             at = self._find_written(text, end_of_turn, found + len(content) if found >= 0 else start, limit)
-            if at >= 0 and (found >= 0 or end_of_turn in self._tokens.special):
+            if at >= 0 and (found >= 0 or self._tokens.first_special(end_of_turn)):
                 return at + len(end_of_turn)
         elif found >= 0:
             return found + len(content)
