@@ -48,8 +48,9 @@ tr.trained > * { background: var(--tint); }
 tr.trained > th { padding-left: .7rem; border-radius: 6px 0 0 6px; }
 tr.trained > td:last-child { border-radius: 0 6px 6px 0; }
 td b { font-size: 1.05rem; }
-td.bar { min-width: 11rem; }
-.bar svg { display: block; width: 100%; height: 2.1rem; overflow: visible; }
+.cell { display: flex; gap: .9rem; }
+.cell .value { flex: 0 0 7rem; }
+.cell svg { flex: 1 1 7rem; min-width: 5rem; height: 2.1rem; overflow: visible; }
 .value { white-space: nowrap; }
 figure { margin: 0; }
 figcaption { color: var(--muted); font-size: .88rem; margin-top: .5rem; }
@@ -65,6 +66,12 @@ figcaption { color: var(--muted); font-size: .88rem; margin-top: .5rem; }
 pre { margin: 0; overflow-x: auto; font: .86rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 .under { margin-top: .8rem; }
 footer { margin-top: 3rem; color: var(--muted); font-size: .88rem; }
+@media (max-width: 44rem) {
+  .cell svg { display: none; }
+  tbody th { white-space: normal; }
+  .chart > div { overflow-x: auto; }
+  .chart svg { min-width: 34rem; }
+}
 @media print { .text { max-height: none; } body { background: none; } .card { break-inside: avoid; } }
 """
 
@@ -104,27 +111,28 @@ PAGE = """\
 </dl>
 {% if systems %}
 <h2 id="comparison">Comparison</h2>
-<div class="card scroll">
+<div class="card scroll" role="region" aria-labelledby="comparison" tabindex="0">
 <table>
-<caption>All systems on the same {{ n }} rows, decoded the same way. Bars are 95% intervals.</caption>
+<caption>All systems on the same {{ n }} rows, decoded the same way, with 95% intervals.</caption>
 <thead><tr><th scope="col">System</th>
-{% for column in columns %}<th scope="col" colspan="2">{{ column }}</th>{% endfor %}
+{% for column in columns %}<th scope="col">{{ column }}</th>{% endfor %}
 <th scope="col">Time</th></tr></thead>
 <tbody>
 {% for system in systems %}
 <tr{% if system.trained %} class="trained"{% endif %}><th scope="row">{{ system.name }}</th>
 {% for cell in system.cells %}
 {% if cell %}
-<td class="value"><b>{{ cell.value }}</b><br><span class="muted small">{{ cell.interval }}</span></td>
-<td class="bar"><svg viewBox="0 0 100 20" preserveAspectRatio="none" aria-hidden="true">
+<td><div class="cell"><div class="value"><b>{{ cell.value }}</b><br>
+<span class="muted small">{{ cell.interval }}</span></div>
+<svg viewBox="0 0 100 20" preserveAspectRatio="none" aria-hidden="true">
 <line x1="0" y1="10" x2="100" y2="10" stroke="var(--track)" stroke-width="6" />
 <line x1="{{ cell.low }}" y1="10" x2="{{ cell.high }}" y2="10" stroke-width="6"
  stroke="{% if system.trained %}var(--accent){% else %}var(--faint){% endif %}" />
 <line x1="{{ cell.at }}" y1="3" x2="{{ cell.at }}" y2="17" stroke="var(--ink)" stroke-width="2"
  vector-effect="non-scaling-stroke" />
-</svg></td>
+</svg></div></td>
 {% else %}
-<td class="muted" colspan="2">not measured</td>
+<td class="muted">not measured</td>
 {% endif %}
 {% endfor %}
 <td class="value">{{ system.seconds }}</td></tr>
@@ -143,6 +151,18 @@ PAGE = """\
 {% if chart %}<div role="img" aria-label="{{ chart_text }}">{{ chart }}</div>{% endif %}
 <figcaption>{{ chart_text }}</figcaption>
 </figure>
+{% if stages %}
+<h2 id="stages">Stages</h2>
+<div class="card scroll"><table>
+<thead><tr><th scope="col">Stage</th><th scope="col">Steps</th><th scope="col">Final loss</th>
+<th scope="col">Time</th></tr></thead>
+<tbody>
+{% for stage in stages %}
+<tr><th scope="row">{{ stage.name }}</th><td>{{ stage.steps }}</td><td>{{ stage.loss }}</td>
+<td>{{ stage.time }}</td></tr>
+{% endfor %}
+</tbody></table></div>
+{% endif %}
 {% if examples %}
 <h2 id="examples">Examples</h2>
 <p class="small muted">Drawn at random from the test rows. Base is the untouched model, {{ examples_base }}.</p>
@@ -166,12 +186,16 @@ PAGE = """\
 {% endfor %}
 {% endif %}
 {% if costs %}
-<h2 id="cost">Planned and measured</h2>
+<h2 id="cost">{{ "Planned and measured" if planned else "Measured" }}</h2>
 <div class="card scroll"><table>
-<thead><tr><th scope="col">Quantity</th><th scope="col">Planned</th><th scope="col">Measured</th></tr></thead>
+<thead><tr><th scope="col">Quantity</th>
+{% if planned %}<th scope="col">Planned</th>{% endif %}
+<th scope="col">Measured</th></tr></thead>
 <tbody>
 {% for cost in costs %}
-<tr><th scope="row">{{ cost.name }}</th><td>{{ cost.planned }}</td><td>{{ cost.measured }}</td></tr>
+<tr><th scope="row">{{ cost.name }}</th>
+{% if planned %}<td>{{ cost.planned }}</td>{% endif %}
+<td>{{ cost.measured }}</td></tr>
 {% endfor %}
 </tbody></table></div>
 {% endif %}

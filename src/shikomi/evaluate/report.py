@@ -62,13 +62,15 @@ def render_report(name: str, result: Mapping[str, Any], records: Sequence[Mappin
         chart_text=describe(records),
         subtitle=_subtitle(result),
         verdict=verdict(evaluation),
-        no_verdict="Give the recipe `evaluate` and `data.test` to see whether training beats a good prompt."
+        no_verdict="With evaluate and data.test in the recipe, this page says whether training beats a good prompt."
         if not evaluation
         else "No baseline was measured on these rows.",
         facts=_facts(result),
         recipe=recipe.strip(),
         costs=_costs(result),
-        versions=sorted((str(k), str(v)) for k, v in (result.get("versions") or {}).items()),
+        planned=bool(result.get("planned")),
+        stages=_stages(result),
+        versions=sorted((str(k), str(v)) for k, v in (result.get("versions") or {}).items() if v is not None),
         **_comparison(evaluation),
         **_examples(evaluation),
     )
@@ -76,6 +78,9 @@ def render_report(name: str, result: Mapping[str, Any], records: Sequence[Mappin
 
 def _subtitle(result: Mapping[str, Any]) -> str:
     parts = []
+    if result.get("model"):
+        device = f" on {result['device']}" if result.get("device") else ""
+        parts.append(f"{result['model']} with {result.get('adapter', 'an adapter')}{device}")
     if result.get("trainable_parameters") and result.get("total_parameters"):
         trained, total = result["trainable_parameters"], result["total_parameters"]
         parts.append(f"{trained:,} trained parameters beside {total:,} of the base model")
@@ -94,6 +99,22 @@ def _facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         if key in shown and result.get(key) is not None:
             found.append((label, write(result[key])))
     return found
+
+
+def _stages(result: Mapping[str, Any]) -> list[dict[str, str]]:
+    """One row per stage, where a run has several."""
+    stages = result.get("stages") or []
+    if len(stages) < 2:
+        return []
+    return [
+        {
+            "name": str(stage["name"]),
+            "steps": _or_dash(stage.get("steps"), lambda value: f"{value:,}"),
+            "loss": _or_dash(stage.get("final_loss"), lambda value: f"{value:.3f}"),
+            "time": _or_dash(stage.get("training_seconds"), duration),
+        }
+        for stage in stages
+    ]
 
 
 def _costs(result: Mapping[str, Any]) -> list[dict[str, str]]:

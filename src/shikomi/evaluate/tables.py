@@ -63,19 +63,23 @@ def comparison(evaluation: Mapping[str, Any]) -> RenderableType:
 
 
 def examples(evaluation: Mapping[str, Any], longest: int = 160) -> RenderableType:
-    """The examples of an `evaluation` side by side; texts are cut to `longest` characters."""
+    """The examples of an `evaluation` side by side, without the beginning that all inputs share.
+
+    Texts are cut to `longest` characters.
+    """
     table = Table(box=box.SIMPLE_HEAD, show_lines=True, expand=True)
     table.add_column("input", ratio=3, overflow="fold")
-    table.add_column("reference", ratio=1, overflow="fold")
-    table.add_column(evaluation["examples_base"], ratio=1, overflow="fold")
-    table.add_column("trained", ratio=1, overflow="fold")
+    table.add_column("reference", ratio=1, min_width=11, overflow="fold")
+    table.add_column(evaluation["examples_base"], ratio=1, min_width=11, overflow="fold")
+    table.add_column("trained", ratio=1, min_width=11, overflow="fold")
     for example in evaluation["examples"]:
         answers = [
             Text(shorten(example[side], longest), style="green" if example[side] == example["reference"] else "")
             for side in ("base", "trained")
         ]
         # Text, not str: brackets in the data are no markup.
-        table.add_row(Text(shorten(example["input"], longest)), Text(shorten(example["reference"], longest)), *answers)
+        own = example["input"].removeprefix(evaluation["examples_common"])
+        table.add_row(Text(shorten(own, longest)), Text(shorten(example["reference"], longest)), *answers)
     return table
 
 

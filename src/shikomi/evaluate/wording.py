@@ -53,7 +53,7 @@ def change_interval(difference: Mapping[str, Any]) -> str:
 
 def duration(seconds: float) -> str:
     """Seconds as 0.4 s, 12 s, 2 min 57 s, 3 h 05 min."""
-    if seconds < 10:
+    if seconds < 9.95:
         return f"{seconds:.1f} s"
     whole = round(seconds)
     if whole < 60:
