@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from shikomi.data.problems import Problems
-from shikomi.data.text import CHUNK, text_chunks, text_lines
+from shikomi.data.text import CHUNK, NotText, first_line, text_chunks, text_lines
 from shikomi.errors import Problem
 
 Rows = Iterator[tuple[int, dict[str, Any]]]
@@ -104,25 +104,24 @@ def _object(row: Any, file: str, line: int, problems: Problems) -> Rows:
 
 def read_json(path: Path, problems: Problems) -> Rows:
     """A JSON array of objects, read in chunks; or JSON lines under this suffix."""
-    head = next(text_chunks(path, Problems()), "").lstrip()
-    if head.startswith("["):
-        yield from _array_items(text_chunks(path, problems), str(path), problems)
+    first = first_line(path)
+    if first.startswith("["):
+        try:
+            yield from _array_items(text_chunks(path), str(path), problems)
+        except NotText as error:
+            problems.add(error.problem)
         return
-    first = head.split("\n", 1)[0].strip()
-    try:
-        json.loads(first or "{}")
-    except ValueError:
-        if len(first) < len(head.strip()):
-            problems.add(
-                Problem(
-                    what="the file is neither a JSON array nor JSON lines",
-                    file=str(path),
-                    line=1,
-                    found=first[:40],
-                    allowed="[{...}, {...}], or one object per line",
-                )
+    if first.rstrip() == "{":
+        problems.add(
+            Problem(
+                what="the file is neither a JSON array nor JSON lines",
+                file=str(path),
+                line=1,
+                found="one object over several lines",
+                allowed="[{...}, {...}], or one object per line",
             )
-            return
+        )
+        return
     yield from read_jsonl(path, problems)
 
 

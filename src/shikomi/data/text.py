@@ -54,33 +54,45 @@ def text_lines(path: Path, problems: Problems) -> Iterator[tuple[int, str]]:
             yield number, text
 
 
-def text_chunks(path: Path, problems: Problems) -> Iterator[str]:
-    """Decoded text in chunks that may end anywhere; stops at the first problem."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    line, first = 1, True
+class NotText(Exception):
+    """A file that is not clean UTF-8 text; `problem` says where."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(str(problem))
+        self.problem = problem
+
+
+def first_line(path: Path) -> str:
+    """The first line that is not blank, as far as it lies in the first chunk, with bad bytes replaced."""
     with open_bytes(path) as file:
-        while True:
+        raw = file.read(CHUNK)
+    if raw.startswith(_UTF16):
+        return ""
+    lines = raw.decode("utf-8", errors="replace").removeprefix(BOM).lstrip().splitlines()
+    return lines[0] if lines else ""
+
+
+def text_chunks(path: Path) -> Iterator[str]:
+    """Decoded text in chunks that may end anywhere. Raises NotText at the first place that is not clean text."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    line, first, raw = 1, True, b"-"
+    with open_bytes(path) as file:
+        while raw:
             raw = file.read(CHUNK)
-            if first and raw.startswith(_UTF16):
-                problems.add(_utf16(path))
-                return
             try:
                 text = decoder.decode(raw, final=not raw)
             except UnicodeDecodeError as error:
                 before = error.object[: error.start]
                 column = error.start - (before.rfind(b"\n") + 1)
-                problems.add(_not_utf8(path, line + before.count(b"\n"), error.object[error.start], column))
-                return
+                problem = _not_utf8(path, line + before.count(b"\n"), error.object[error.start], column)
+                raise NotText(problem) from None
             if "\x00" in text:
                 at = text.index("\x00")
-                problems.add(_nul(path, line + text.count("\n", 0, at), at - (text.rfind("\n", 0, at) + 1)))
-                return
-            if text:
-                yield text.removeprefix(BOM) if first else text
-                first = False
+                column = at - (text.rfind("\n", 0, at) + 1)
+                raise NotText(_nul(path, line + text.count("\n", 0, at), column))
+            yield text.removeprefix(BOM) if first else text
+            first = first and not text
             line += text.count("\n")
-            if not raw:
-                return
 
 
 def _utf16(path: Path) -> Problem:
