@@ -111,6 +111,7 @@ def test_local_paths_become_absolute_and_hub_ids_and_aliases_do_not(tmp_path):
     here = str(tmp_path)
     assert paths("smollm2", "owner/rows") == ("smollm2", "owner/rows")
     assert paths("Qwen/Qwen2.5-0.5B", "hf://datasets/owner/rows/x.csv")[1] == "hf://datasets/owner/rows/x.csv"
+    assert paths("m", "hub:owner/rows.v2")[1] == "hub:owner/rows.v2"
     assert paths("Qwen/Qwen2.5-0.5B", "owner/rows.jsonl") == ("Qwen/Qwen2.5-0.5B", f"{here}/owner/rows.jsonl")
     assert paths("model.gguf", "rows") == (f"{here}/model.gguf", f"{here}/rows")
     assert paths("./smollm2", "~/rows.csv") == (f"{here}/smollm2", os.path.expanduser("~/rows.csv"))

@@ -1,9 +1,12 @@
 """Blocks of other tools, as their documentation shows them."""
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from shikomi.errors import BadInput
-from shikomi.recipe import load_recipe, parse_recipe, translations
+from shikomi.recipe import dump_recipe, load_recipe, parse_recipe, translations
+from shikomi.recipe.dump import to_yaml
 from shikomi.recipe.foreign import KEYS, LEFT_OUT, PEFT_UNSET, UNSET
 from shikomi.recipe.pasted import TOP_KEYS, Pasted
 from shikomi.recipe.schema import DataSpec, EvaluateSpec, Stage
@@ -303,3 +306,39 @@ def test_every_translation_leads_to_a_key_that_exists():
 def test_pasted_keys_work_in_a_recipe_from_python():
     recipe = load_recipe({"model": "m", "data": "a.csv", "num_epochs": 2, "lora_r": 4})
     assert recipe.stages[0].num_train_epochs == 2 and recipe.notes[0].startswith("`num_epochs: 2`")
+
+
+SPECIAL = [
+    "datasets",
+    "max_samples",
+    "dataset_train_split",
+    "stage",
+    "use_dora",
+    "use_peft",
+    "peft_config",
+    "peft_type",
+]
+SPECIAL += ["quantization_config", "bnb_4bit_quant_type", "micro_batch_size", "gradient_accumulation_steps", "name"]
+NAMES = st.sampled_from(sorted({*TOP_KEYS, *KEYS, *LEFT_OUT, *UNSET, *PEFT_UNSET, *SPECIAL}))
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-1, 10**30)
+    | st.floats()
+    | st.sampled_from(["lora", "full", "a.jsonl", "1e-4", ""]),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(NAMES | st.just("path"), inner, max_size=3),
+    max_leaves=6,
+)
+ENDS = st.sampled_from(["", ".r", ".name", ".0", ".0.learning_rate"])
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.dictionaries(NAMES, VALUES, max_size=4), st.lists(st.tuples(NAMES, ENDS, VALUES), max_size=2))
+def test_nothing_that_yaml_can_say_is_more_than_a_list_of_problems(keys, overrides):
+    text = to_yaml({"model": "m", "data": "a.csv", **keys})
+    try:
+        recipe = parse_recipe(text, "r", [f"{name}{end}={to_yaml(value)}" for name, end, value in overrides])
+    except BadInput as error:
+        assert error.problems and all(problem.what and "\n" not in str(problem) for problem in error.problems)
+    else:
+        assert parse_recipe(dump_recipe(recipe)) == recipe

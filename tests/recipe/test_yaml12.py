@@ -82,6 +82,7 @@ def test_small_texts_that_grow_or_nest_without_end_are_refused():
 
 def test_json_has_lines_tabs_escapes_and_its_own_errors():
     tree = read_json('{\n\t"a": "\\ud83d\\ude00 \\t\\/",\n\t"b": 1E5}', "f")
+    assert read_json('{"\\ud83d\\ude00": 1}', "f") == {"😀": 1}
     assert tree == {"a": "😀 \t/", "b": 100000.0} and tree.at["b"].line == 3
     assert problems("{'a': 1}", read_json)[0].startswith("f:1: not JSON")
     assert problems('{"a": 1,\n "a": 2}', read_json) == [

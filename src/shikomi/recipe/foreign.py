@@ -90,8 +90,7 @@ def share(value: Any) -> Any:
     return value
 
 
-def objective_of_loss(value: Any) -> Any:
-    return {"sigmoid": "dpo", "nll": "sft"}.get(value, value)
+objective_of_loss = translated({"sigmoid": "dpo", "nll": "sft"})
 
 
 def no_remote_code(value: Any) -> Any:
@@ -166,6 +165,7 @@ KEYS: dict[str, Means] = {
     "tokens": Means("new_tokens"),
     "new_special_tokens": Means("new_tokens"),
     "add_tokens": Means("new_tokens"),
+    "chat_template_path": Means("chat_template"),
     "sequence_len": Means("max_length"),
     "cutoff_len": Means("max_length"),
     "max_seq_length": Means("max_length"),
@@ -189,6 +189,7 @@ KEYS: dict[str, Means] = {
     "adam_epsilon": Means("optim.adam_epsilon"),
     "loraplus_lr_ratio": Means("optim.loraplus_lr_ratio"),
     "gradient_clipping": Means("max_grad_norm", translated({0: None})),
+    "train_sampling_strategy": Means("shuffle", among({"random": True, "sequential": False})),
     "gradient_checkpointing": Means("recompute", among({True: "full", False: "none"})),
     "eval_max_new_tokens": Means("evaluate.max_new_tokens"),
     "evals_per_epoch": Means("eval_steps", once_per_epoch),
@@ -228,6 +229,11 @@ LEFT_OUT: dict[str, str] = {
     **dict.fromkeys(("low_cpu_mem_usage", "device_map", "use_cache", "ddp_timeout", "torch_compile"), _FAST),
     **dict.fromkeys(("model_type", "tokenizer_type", "tokenizer_use_fast", "is_llama_derived_model"), _FAST),
     **dict.fromkeys(("use_fast_tokenizer", "do_train", "strict", "use_auth_token", "log_level"), _FAST),
+    **dict.fromkeys(("packing_strategy", "eval_packing"), _PACKED),
+    **dict.fromkeys(("torch_compile_backend", "torch_compile_mode", "dataloader_persistent_workers"), _FAST),
+    **dict.fromkeys(("dataloader_prefetch_factor", "ddp_find_unused_parameters", "full_determinism"), _FAST),
+    "pad_to_multiple_of": _NO_PAD,
+    "run_name": "a run is named by `output_dir`",
     "template": "the model's own chat template is used, or `chat_template`",
     "greater_is_better": "each metric knows it",
     "local_rank": "the launcher says it",
@@ -241,6 +247,7 @@ UNSET: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("load_in_4bit", "quantization_bit", "use_peft", "finetuning_type", "stage"), ()),
     **dict.fromkeys(("push_to_hub", "load_in_8bit", "auto_find_batch_size", "neftune_noise_alpha"), (False, 0)),
     **dict.fromkeys(("label_smoothing_factor", "gptq", "lora_fan_in_fan_out", "use_galore"), (False, 0)),
+    **dict.fromkeys(("activation_offloading", "dataloader_drop_last", "shuffle_dataset"), (False,)),
     "lr_scheduler_kwargs": (),
     "dataset_text_field": ("text",),
     "quantization_method": ("bnb", "bitsandbytes"),

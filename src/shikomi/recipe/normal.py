@@ -17,7 +17,7 @@ INHERITED = tuple(key for key in STAGE_KEYS if key not in ("name", "data"))
 """Keys of a stage that may stand at the top, as every stage's default."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_FILE_ENDINGS = frozenset("jsonl json csv tsv parquet txt gz zst gguf jinja arrow".split())
+_FILE_ENDINGS = frozenset("jsonl ndjson json csv tsv parquet txt gz zst gguf jinja arrow".split())
 
 
 def normalize(tree: Block, run_name: str) -> set[tuple[int, str]]:
@@ -93,7 +93,7 @@ def _stages(tree: Block) -> set[tuple[int, str]]:
     from_top: set[tuple[int, str]] = set()
     if not isinstance(stages, Items):
         return from_top
-    taken: set[Any] = set()
+    taken: set[str] = set()
     for i, stage in enumerate(stages):
         if not isinstance(stage, Block):
             continue
@@ -128,9 +128,11 @@ def _learning_rate(tree: Block) -> float:
     return LEARNING_RATE_FULL if full else LEARNING_RATE_ADAPTER
 
 
-def _stage_name(stage: Block, taken: set[Any]) -> Any:
+def _stage_name(stage: Block, taken: set[str]) -> str:
     objective = stage.get("objective")
-    name = objective.get("name") if isinstance(objective, Block) else DEFAULT_NAMES["objective"]
+    name = objective.get("name") if isinstance(objective, Block) else None
+    if not isinstance(name, str):
+        name = DEFAULT_NAMES["objective"]
     count = 2
     unique = name
     while unique in taken:
@@ -157,7 +159,7 @@ def absolute(path: str) -> str:
 
 
 def _is_path(text: str) -> bool:
-    if not text or "://" in text or text.startswith("hf:"):
+    if not text or "://" in text or text.startswith(("hf:", "hub:")):
         return False
     if text.startswith((".", "~", os.sep)) or os.path.exists(text):
         return True

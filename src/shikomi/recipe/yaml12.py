@@ -135,8 +135,10 @@ class _Reader:
             if not isinstance(key_node, ScalarNode):
                 self.problems.append(at.problem("a key that is not a word", allowed="a name before the colon"))
                 continue
-            key = key_node.value
+            key = self.string(key_node.value, at)
             value = self.read(value_node)
+            if key is None:
+                continue
             if key in block:
                 self.problems.append(
                     at.problem(
