@@ -133,7 +133,7 @@ class Stage(Part):
         default=None, description="Steps between evaluations on the validation rows; absent: at the end of each epoch."
     )
     save_steps: Steps | None = Field(
-        default=None, description="Steps between checkpoints; absent: chosen so that little work can be lost."
+        default=None, description="Steps between checkpoints; absent: one every five minutes."
     )
     save_total_limit: Annotated[int, Field(ge=1, le=1_000_000)] | None = Field(
         default=2, description="Checkpoints kept, the newest; null: all."
