@@ -1,3 +1,53 @@
-"""Shikomi: fine-tune a language model on your own data, on the machine you have, and see whether it was worth it."""
+"""Shikomi: fine-tune a language model on your own data, on the machine you have, and see whether it was worth it.
+
+import shikomi
+
+recipe = shikomi.load_recipe({"model": "smollm2", "data": "my.jsonl", "output_dir": "runs/my"})
+run = shikomi.train(recipe)
+print(run.values["final_loss"])
+model = shikomi.open_model(run.output_dir)
+print(model.generate("Hello"))
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from shikomi.errors import BadInput as BadInput
+    from shikomi.errors import ShikomiError as ShikomiError
+    from shikomi.inference import Ready as Ready
+    from shikomi.inference import merge as merge
+    from shikomi.inference import open_model as open_model
+    from shikomi.progress import Progress as Progress
+    from shikomi.recipe import DataSpec as DataSpec
+    from shikomi.recipe import Recipe as Recipe
+    from shikomi.recipe import load_recipe as load_recipe
+    from shikomi.run import Result as Result
+    from shikomi.run import resume as resume
+    from shikomi.run import train as train
+
+_HOMES = {
+    "BadInput": "errors",
+    "ShikomiError": "errors",
+    "Progress": "progress",
+    "DataSpec": "recipe",
+    "Recipe": "recipe",
+    "load_recipe": "recipe",
+    "Result": "run",
+    "resume": "run",
+    "train": "run",
+    "Ready": "inference",
+    "merge": "inference",
+    "open_model": "inference",
+}
+
+__all__ = [*_HOMES, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """Public names are imported when they are first asked for, so that `import shikomi` costs nothing."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'shikomi' has no attribute {name!r}")
+    return getattr(import_module(f"shikomi.{_HOMES[name]}"), name)

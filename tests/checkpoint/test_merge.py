@@ -43,8 +43,14 @@ def test_merged_folder_loads_in_transformers(name, tmp_path):
     assert report["adapter_effect"] > 1e-3 and report["max_logit_drift"] < 1e-3 and report["top1_agreement"] == 1.0
 
 
-@pytest.mark.parametrize("options", [{"target_modules": ["embed_tokens", "lm_head"]}, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]},
-                                     {"target_modules": ["q_proj"], "modules_to_save": ["norm"]}])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["embed_tokens", "lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["norm"]},
+    ],
+)
 @pytest.mark.parametrize("name", ["llama", "llama-tied"])
 def test_adapted_embeddings_and_heads_are_merged(name, options, tmp_path):
     lm = model(name, Lora(r=3, **options))

@@ -5,13 +5,13 @@ import copy
 import numpy as np
 import pytest
 import torch
+from architectures import EXPECTED, SPECS, VOCABULARY, build
 
 from shikomi.adapters.full import Full
 from shikomi.data.packing import Example, pack
 from shikomi.model.device import Dtypes
 from shikomi.model.load import wrap
 from shikomi.model.probe import choose_path
-from architectures import EXPECTED, SPECS, VOCABULARY, build
 
 FP32 = Dtypes(torch.float32, torch.float32)
 LENGTHS = (17, 9, 23, 5)
@@ -66,7 +66,9 @@ def test_loss_and_gradients_equal_the_padded_forward(name, share_prefix):
     assert sum(bool(g.abs().max() > 0) for g in want.values()) > 10
     for key, grad in want.items():
         scale = float(grad.abs().max())
-        torch.testing.assert_close(got[key], grad, rtol=1e-3, atol=2e-5 * max(scale, 1e-2), msg=lambda m, k=key: f"{k}: {m}")
+        torch.testing.assert_close(
+            got[key], grad, rtol=1e-3, atol=2e-5 * max(scale, 1e-2), msg=lambda m, k=key: f"{k}: {m}"
+        )
 
 
 def test_expected_paths_cover_every_architecture():

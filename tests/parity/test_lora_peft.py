@@ -22,8 +22,15 @@ CASES = {
     "all-linear": ("llama", {"r": 3, "lora_alpha": 5, "target_modules": "all-linear"}),
     "regex": ("qwen3", {"r": 2, "target_modules": r".*layers\.1\..*_proj"}),
     "rslora": ("llama", {"r": 4, "use_rslora": True, "target_modules": "all-linear"}),
-    "patterns": ("llama", {"r": 4, "target_modules": "all-linear", "rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.up_proj": 6},
-                           "alpha_pattern": {"q_proj": 3}}),
+    "patterns": (
+        "llama",
+        {
+            "r": 4,
+            "target_modules": "all-linear",
+            "rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.up_proj": 6},
+            "alpha_pattern": {"q_proj": 3},
+        },
+    ),
     "bias all": ("qwen2", {"r": 2, "target_modules": ["q_proj", "o_proj"], "bias": "all"}),
     "modules_to_save": ("llama", {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["lm_head", "norm"]}),
     "layers": ("llama", {"r": 2, "target_modules": ["q_proj"], "layers_to_transform": [1]}),
@@ -35,7 +42,7 @@ CASES = {
     "mixtral": ("mixtral", {"r": 4, "target_modules": ["q_proj", "o_proj"]}),
     "embedding": ("llama", {"r": 4, "target_modules": ["embed_tokens", "v_proj"]}),
     "head": ("llama", {"r": 4, "target_modules": ["lm_head", "v_proj"]}),
-}  # fmt: skip
+}
 
 
 def pair(name: str):
@@ -83,7 +90,11 @@ def test_peft_adapter_loads_here_with_equal_loss_and_gradients(name, tmp_path):
     loss = -ours.score(pack(rows())).logp.mean()
     loss.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
-    want = {n.replace(".default", "").replace("modules_to_save.", ""): p.grad for n, p in peft.named_parameters() if p.requires_grad}  # fmt: skip
+    want = {
+        n.replace(".default", "").replace("modules_to_save.", ""): p.grad
+        for n, p in peft.named_parameters()
+        if p.requires_grad
+    }
     got = {n: p.grad for n, p in ours.trainable().items()}
     assert set(want) == set(got)
     for key, grad in want.items():

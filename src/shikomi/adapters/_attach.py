@@ -134,7 +134,9 @@ class Attached:
         for name in sorted(mine.keys() & tensors.keys()):
             if mine[name].shape != tensors[name].shape:
                 found, want = tuple(tensors[name].shape), tuple(mine[name].shape)
-                problems.append(Problem(f"{name} has the wrong shape", file=source, found=str(found), allowed=str(want)))
+                problems.append(
+                    Problem(f"{name} has the wrong shape", file=source, found=str(found), allowed=str(want))
+                )
         if problems:
             raise BadInput([*problems[:10], Problem("is this an adapter for another base model?", file=source)])
         with torch.no_grad():
@@ -172,12 +174,13 @@ def attach(model: nn.Module, options: Lora, output_name: str | None, seed: int) 
     for path in names:
         r = _pattern(options.rank_pattern, path, options.r)
         scaling = options.scaling(int(r), _pattern(options.alpha_pattern, path, options.lora_alpha))
-        module, wrapped = modules[path], None
+        module = modules[path]
+        wrapped: LoraLinear | LoraEmbedding
         if isinstance(module, Dense):
             wrapped = LoraLinear(module, int(r), scaling, options.lora_dropout, options.init_lora_weights, generator)
-        elif isinstance(module, nn.Embedding):
+        else:
+            assert isinstance(module, nn.Embedding)
             wrapped = LoraEmbedding(module, int(r), scaling, generator)
-        assert wrapped is not None
         attached.lora[path] = wrapped
         _replace(model, path, wrapped)
     _train_biases(model, modules, attached)
@@ -204,11 +207,26 @@ def _targets(modules: dict[str, nn.Module], options: Lora, output_name: str | No
     for name in want if isinstance(want, list) else []:
         if not any(_matches([name], p) for p in usable):
             close = nearest(name, known)
-            raise BadInput([Problem(f"target_modules: no linear or embedding module is named {name!r}", allowed=", ".join(known),
-                                    fix=f"did you mean {close!r}?" if close else "use all-linear")])  # fmt: skip
+            raise BadInput(
+                [
+                    Problem(
+                        f"target_modules: no linear or embedding module is named {name!r}",
+                        allowed=", ".join(known),
+                        fix=f"did you mean {close!r}?" if close else "use all-linear",
+                    )
+                ]
+            )
     if not found:
-        raise BadInput([Problem("target_modules match no module of this model", found=str(want), allowed=", ".join(known),
-                                fix="use all-linear, or a list of these names")])  # fmt: skip
+        raise BadInput(
+            [
+                Problem(
+                    "target_modules match no module of this model",
+                    found=str(want),
+                    allowed=", ".join(known),
+                    fix="use all-linear, or a list of these names",
+                )
+            ]
+        )
     return found
 
 
@@ -245,8 +263,15 @@ def _saved_modules(modules: dict[str, nn.Module], options: Lora) -> list[str]:
         if not matches:
             known = sorted({p.rsplit(".", 1)[-1] for p in modules if p and not p.rsplit(".", 1)[-1].isdigit()})
             close = nearest(name, known)
-            raise BadInput([Problem(f"modules_to_save: no module is named {name!r}", allowed=", ".join(known),
-                                    fix=f"did you mean {close!r}?" if close else None)])  # fmt: skip
+            raise BadInput(
+                [
+                    Problem(
+                        f"modules_to_save: no module is named {name!r}",
+                        allowed=", ".join(known),
+                        fix=f"did you mean {close!r}?" if close else None,
+                    )
+                ]
+            )
         found += matches
     return found
 

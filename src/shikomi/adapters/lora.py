@@ -45,7 +45,9 @@ class Lora:
 class LoraLinear(nn.Module):
     """A base linear map with a low-rank update beside it; A and B are fp32 masters."""
 
-    def __init__(self, base: Dense, r: int, scaling: float, dropout: float, init: bool | str, generator: torch.Generator):
+    def __init__(
+        self, base: Dense, r: int, scaling: float, dropout: float, init: bool | str, generator: torch.Generator
+    ):
         super().__init__()
         self.inner = base
         self.in_features, self.out_features, self.r = base.in_features, base.out_features, r
@@ -111,7 +113,7 @@ class LoraLinear(nn.Module):
                 grads.append((dy.t() @ F.linear(dropped, a)).float().mul_(self.scaling))
             if dx is not None and keep is None:
                 dx.addmm_(dyb, a, alpha=self.scaling)
-            elif dx is not None:
+            elif dx is not None and keep is not None:
                 dx.addcmul_(dyb @ a, keep, value=self.scaling)
         return grads + self.inner.delta_gradients(dx, dy, x)
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from shikomi.adapters._attach import LoraEmbedding, TrainedCopy
+from shikomi.adapters._attach import LoraEmbedding
 from shikomi.adapters.lora import LoraLinear
 from shikomi.checkpoint.files import saving
 from shikomi.errors import BadInput, Problem
@@ -117,7 +117,9 @@ def merge(
     adapted = _logits(lm, probes)
     effect = float((adapted - base).abs().mean())
     notes = []
-    chosen = torch.float32 if dtype == "fp32" or (dtype == "auto" and lm.total_parameters < SMALL_MODEL) else torch.bfloat16
+    chosen = (
+        torch.float32 if dtype == "fp32" or (dtype == "auto" and lm.total_parameters < SMALL_MODEL) else torch.bfloat16
+    )
     if dtype == "auto" and chosen == torch.bfloat16:
         kept = [m.inner.weight for m in lm.attached.lora.values()]
         merge_weights(lm, chosen)
@@ -132,12 +134,16 @@ def merge(
     save_model(lm, output, chosen)
     log_p, log_q = adapted.log_softmax(-1), merged.log_softmax(-1)
     return {
-        "output": str(output), "dtype": str(chosen).removeprefix("torch."), "max_logit_drift": float(drift.max()),
-        "mean_logit_drift": float(drift.mean()), "adapter_effect": effect,
+        "output": str(output),
+        "dtype": str(chosen).removeprefix("torch."),
+        "max_logit_drift": float(drift.max()),
+        "mean_logit_drift": float(drift.mean()),
+        "adapter_effect": effect,
         "lost_share": float(drift.mean()) / max(effect, 1e-12),
         "kl": float((log_p.exp() * (log_p - log_q)).sum(-1).mean()),
-        "top1_agreement": float((adapted.argmax(-1) == merged.argmax(-1)).float().mean()), "notes": notes,
-    }  # fmt: skip
+        "top1_agreement": float((adapted.argmax(-1) == merged.argmax(-1)).float().mean()),
+        "notes": notes,
+    }
 
 
 def _logits(lm: LanguageModel, texts: Sequence[Sequence[int]]) -> Tensor:

@@ -23,10 +23,20 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rules: Rules) -> Te
         layout.masks["cu_seq"] = ends.pin_memory().to(q.device, non_blocking=True)
     cu_seq = layout.masks["cu_seq"]
     window = (-1 if rules.window is None else rules.window - 1, 0)
-    return varlen_attn(
-        q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), cu_seq, cu_seq, layout.longest, layout.longest,
-        scale=rules.scaling, window_size=window, enable_gqa=q.shape[0] != k.shape[0],
-    )  # fmt: skip
+    out = varlen_attn(
+        q.transpose(0, 1),
+        k.transpose(0, 1),
+        v.transpose(0, 1),
+        cu_seq,
+        cu_seq,
+        layout.longest,
+        layout.longest,
+        scale=rules.scaling,
+        window_size=window,
+        enable_gqa=q.shape[0] != k.shape[0],
+    )
+    assert isinstance(out, Tensor)
+    return out
 
 
 def visible(layout: Layout, window: int | None):
@@ -52,12 +62,19 @@ def block_mask(layout: Layout, window: int | None) -> BlockMask:
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rules: Rules) -> Tensor:
+    cap = rules.softcap
+
     def capped(score, batch, head, q_row, k_row):
-        return rules.softcap * torch.tanh(score / rules.softcap)
+        return score if cap is None else cap * torch.tanh(score / cap)
 
     out = torch.compile(flex_attention, dynamic=True)(
-        q[None], k[None], v[None], score_mod=None if rules.softcap is None else capped,
-        block_mask=block_mask(layout, rules.window), scale=rules.scaling, enable_gqa=q.shape[0] != k.shape[0],
-    )  # fmt: skip
+        q[None],
+        k[None],
+        v[None],
+        score_mod=None if cap is None else capped,
+        block_mask=block_mask(layout, rules.window),
+        scale=rules.scaling,
+        enable_gqa=q.shape[0] != k.shape[0],
+    )
     assert isinstance(out, Tensor)
     return out[0].transpose(0, 1)

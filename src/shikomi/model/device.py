@@ -23,8 +23,15 @@ def choose_device(name: str) -> torch.device:
         name = next(n for n in ("cuda", "mps", "cpu") if there[n])
     if not there[name]:
         fix = "install a CUDA build of torch and a driver" if name == "cuda" else None
-        raise BadInput([Problem(f"device: {name} is not available here", allowed=", ".join(n for n in there if there[n]),
-                                fix=fix or "use device: auto")])  # fmt: skip
+        raise BadInput(
+            [
+                Problem(
+                    f"device: {name} is not available here",
+                    allowed=", ".join(n for n in there if there[n]),
+                    fix=fix or "use device: auto",
+                )
+            ]
+        )
     return torch.device(name)
 
 
@@ -39,8 +46,16 @@ def choose_dtypes(name: str, device: torch.device) -> Dtypes:
         if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
             name = "fp16"
     if name == "fp16" and device.type != "cuda":
-        raise BadInput([Problem("dtype: fp16 needs a CUDA device", found=device.type, allowed="auto, bf16, fp32",
-                                fix="use dtype: auto; fp16 overflows in training and no CPU multiplies it fast")])  # fmt: skip
+        raise BadInput(
+            [
+                Problem(
+                    "dtype: fp16 needs a CUDA device",
+                    found=device.type,
+                    allowed="auto, bf16, fp32",
+                    fix="use dtype: auto; fp16 overflows in training and no CPU multiplies it fast",
+                )
+            ]
+        )
     storage = DTYPES[name]
     if storage == torch.bfloat16 and device.type != "cuda" and not cpu_has_bf16():
         return Dtypes(storage, torch.float32)

@@ -69,7 +69,7 @@ class AttentionHalf:
     def trained(self) -> list[nn.Parameter]:
         norms = [n for n in (self.norm, self.q_norm, self.k_norm) if n is not None]
         linears: Sequence[Linear] = (*self.qkv, self.out)
-        return [p for part in (*norms, *linears) for p in part.trained()]
+        return [p for n in norms for p in n.trained()] + [p for part in linears for p in part.trained()]
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +81,8 @@ class MlpHalf:
     down: Linear
 
     def trained(self) -> list[nn.Parameter]:
-        return [p for part in (self.norm, *self.gate_up, self.down) for p in part.trained()]
+        linears: Sequence[Linear] = (*self.gate_up, self.down)
+        return self.norm.trained() + [p for part in linears for p in part.trained()]
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,10 +145,16 @@ def fuse(decoder: nn.Module, storage: torch.dtype) -> Blocks:
         stack(qkv)
         stack(gate_up)
         half = AttentionHalf(
-            norm=_norm(layer.input_layernorm), qkv=qkv, out=attn.o_proj,
-            heads=config.num_attention_heads, kv_heads=config.num_key_value_heads, width=attn.head_dim,
-            rules=Rules(attn.scaling, window), q_norm=q_norm, k_norm=k_norm,
-        )  # fmt: skip
+            norm=_norm(layer.input_layernorm),
+            qkv=qkv,
+            out=attn.o_proj,
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            width=attn.head_dim,
+            rules=Rules(attn.scaling, window),
+            q_norm=q_norm,
+            k_norm=k_norm,
+        )
         halves.append((half, MlpHalf(_norm(layer.post_attention_layernorm), gate_up, mlp.down_proj)))
     return Blocks(tuple(halves), storage)
 
@@ -206,6 +213,7 @@ class _Attend(torch.autograd.Function):
         dout = dout.contiguous()
         o = _attend(half, qkv, layout) if half.out.needs_input else None
         do, out_grads = gradients([half.out], dout, o)
+        assert do is not None
         dqkv = torch.empty_like(qkv)
         dq, dk, dv = dqkv.split([heads, kv, kv])
         _attend_backward(half, do.view(-1, heads, half.width), q, k, v, layout, dq, dk, dv)
@@ -241,9 +249,9 @@ def _attend_backward(half: AttentionHalf, do, q, k, v, layout, dq, dk, dv) -> No
         attention.backward(do, q, k, v, layout, half.rules, dq, dk, dv)
         return
     with torch.enable_grad():
-        inputs = [x.detach().requires_grad_() for x in (q, k, v)]
-        o = attention.attention(*inputs, layout, half.rules)
-        for into, grad in zip((dq, dk, dv), torch.autograd.grad(o, inputs, do), strict=True):
+        q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+        o = attention.attention(q, k, v, layout, half.rules)
+        for into, grad in zip((dq, dk, dv), torch.autograd.grad(o, (q, k, v), do), strict=True):
             into.copy_(grad)
 
 
@@ -263,12 +271,17 @@ class _Mlp(torch.autograd.Function):
         dout = dout.contiguous()
         h = stored.to(ctx.dtype)
         x = half.norm.forward(h) if kept is None or any(n.needs_input for n in half.gate_up) else None
-        gate_up = compute(half.gate_up, x) if kept is None else kept.to(ctx.dtype)
+        if kept is None:
+            assert x is not None
+            gate_up = compute(half.gate_up, x)
+        else:
+            gate_up = kept.to(ctx.dtype)
         del kept
         gate, up = gate_up.chunk(2, dim=-1)
         activated = F.silu(gate)
         act = activated * up if half.down.needs_input else None
         dact, down_grads = gradients([half.down], dout, act)
+        assert dact is not None
         del act
         dgate_up = torch.empty_like(gate_up)
         dgate, dup = dgate_up.chunk(2, dim=-1)

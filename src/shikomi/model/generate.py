@@ -51,9 +51,11 @@ def generate(
     with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         out = model.generate(
-            input_ids=ids.to(device), attention_mask=attend.to(device), generation_config=config,
+            input_ids=ids.to(device),
+            attention_mask=attend.to(device),
+            generation_config=config,
             streamer=_Pieces(tokenizer, stream) if stream is not None else None,
-        )  # fmt: skip
+        )
     stops = set(stop_ids)
     answers = []
     for tokens in out[:, longest:].tolist():

@@ -45,7 +45,19 @@ def load_model(
     return lm
 
 
-def wrap(model, tokenizer, adapter: Lora | Full | None, dtypes: Dtypes, device: torch.device, seed: int = 0) -> LanguageModel:
+def count_parameters(folder: str, adapter: Lora | Full) -> tuple[int, int]:
+    """(trained, total) parameters from a folder's config alone: no weight is read."""
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    meta = torch.device("meta")
+    lm = wrap(model, None, adapter, Dtypes(torch.float32, torch.float32), meta)
+    return lm.trainable_parameters, lm.total_parameters
+
+
+def wrap(
+    model, tokenizer, adapter: Lora | Full | None, dtypes: Dtypes, device: torch.device, seed: int = 0
+) -> LanguageModel:
     """A loaded transformers model as a LanguageModel, without the choice of a path."""
     own_attention = model.config._attn_implementation
     head_name = next((n for n, m in model.named_modules() if m is model.get_output_embeddings()), None)
@@ -63,19 +75,35 @@ def wrap(model, tokenizer, adapter: Lora | Full | None, dtypes: Dtypes, device: 
     for copied in attached.copies.values() if attached else ():
         if isinstance(copied.copy, nn.Embedding):
             widen_embedding(copied.copy, dtypes.arithmetic)
-    ends = [model.generation_config.eos_token_id, model.config.eos_token_id, tokenizer.eos_token_id if tokenizer else None]
+    ends = [
+        model.generation_config.eos_token_id,
+        model.config.eos_token_id,
+        tokenizer.eos_token_id if tokenizer else None,
+    ]
     stop_ids = {i for end in ends if end is not None for i in (end if isinstance(end, list) else [end])}
     return LanguageModel(
-        stop_ids=sorted(stop_ids), model=model, tokenizer=tokenizer, device=device, dtypes=dtypes, attached=attached,
-        own_attention=own_attention, shape=_head_shape(model.config),
-    )  # fmt: skip
+        stop_ids=sorted(stop_ids),
+        model=model,
+        tokenizer=tokenizer,
+        device=device,
+        dtypes=dtypes,
+        attached=attached,
+        own_attention=own_attention,
+        shape=_head_shape(model.config),
+    )
 
 
 def _load(folder: str, dtypes: Dtypes, device: torch.device):
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     if type(config) not in AutoModelForCausalLM._model_mapping:
-        raise BadInput([Problem(f"{folder}: {config.model_type} is not a causal language model",
-                                allowed="decoder-only architectures of transformers")])  # fmt: skip
+        raise BadInput(
+            [
+                Problem(
+                    f"{folder}: {config.model_type} is not a causal language model",
+                    allowed="decoder-only architectures of transformers",
+                )
+            ]
+        )
     no_dropout(config)
     model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtypes.storage, local_files_only=True)
     return model.to(device)
@@ -118,8 +146,10 @@ def _replace_linears(model: nn.Module, arithmetic: torch.dtype) -> None:
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear:
+                assert isinstance(child.weight, nn.Parameter)
                 parent._modules[name] = Dense(child.weight, child.bias, arithmetic)
             elif type(child) is Conv1D:
+                assert isinstance(child.weight, nn.Parameter) and isinstance(child.bias, nn.Parameter)
                 parent._modules[name] = Dense(child.weight, child.bias, arithmetic, transposed=True)
 
 

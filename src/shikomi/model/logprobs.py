@@ -35,7 +35,7 @@ class Shape(NamedTuple):
     softcap: float | None = None
 
 
-def log_probabilities(h: Tensor, scored: Tensor, targets: Tensor, head: Linear, shape: Shape = Shape()) -> Tensor:
+def log_probabilities(h: Tensor, scored: Tensor, targets: Tensor, head: Linear, shape: Shape) -> Tensor:
     """log p(targets) (N,) in fp32 from hidden states h (T, H) after the final norm.
 
     scored (N,) are rows of h, targets (N,) token ids; rows may repeat.
@@ -122,7 +122,9 @@ class _FrozenHead(torch.autograd.Function):
             if rounded is not None and dense:
                 _exact_targets(x, targets[tile], head, rounded, logp[tile], shape)
             if j is not None:
-                j[tile] = z @ weight if weight is not None else gradients([head], z, x)[0]
+                dx = z @ weight if weight is not None else gradients([head], z, x)[0]
+                assert dx is not None
+                j[tile] = dx
         if j is not None:
             ctx.save_for_backward(j)
         return logp
@@ -153,7 +155,9 @@ class _TrainedHead(torch.autograd.Function):
             z = compute([ctx.head], rows[tile])
             _normalize(z, targets[tile], ctx.shape, ignored[tile], jacobian=True)
             z.mul_(grad[tile, None])
-            drows[tile], grads = gradients([ctx.head], z, rows[tile])
+            dx, grads = gradients([ctx.head], z, rows[tile])
+            assert dx is not None
+            drows[tile] = dx
             for total, part in zip(sums, grads, strict=True):
                 total += part
         dtypes = [p.dtype for p in ctx.head.trained()]

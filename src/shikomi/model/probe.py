@@ -4,6 +4,8 @@ An architecture may accept a custom attention and never call it (Bloom), drop ma
 one segment to the next (recurrent and convolution layers). Registration proves nothing; numbers do.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import AttentionInterface
@@ -18,9 +20,19 @@ _calls = 0
 
 
 def packed_attention(
-    module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None, softcap=None,
-    s_aux=None, packed_layout=None, **kwargs,
-):  # fmt: skip
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    scaling=None,
+    dropout=0.0,
+    sliding_window=None,
+    softcap=None,
+    s_aux=None,
+    packed_layout=None,
+    **kwargs,
+):
     """transformers' attention interface over a packed row: (1, T, heads, D) from (1, heads, T, D)."""
     global _calls
     if packed_layout is None or s_aux is not None or attention_mask is not None:
@@ -59,15 +71,22 @@ def choose_path(lm: LanguageModel, max_length: int) -> None:
     lm.path_reason = why or "; ".join(reasons)
     failure = _mismatch(lm)
     if failure is not None:
-        raise BadInput([Problem(f"architecture {type(lm.model).__name__} cannot be trained here", found=failure,
-                                fix="its head does more than a linear map with scale and soft cap")])  # fmt: skip
+        raise BadInput(
+            [
+                Problem(
+                    f"architecture {type(lm.model).__name__} cannot be trained here",
+                    found=failure,
+                    fix="its head does more than a linear map with scale and soft cap",
+                )
+            ]
+        )
 
 
 def _has_layers(lm: LanguageModel) -> bool:
     return "layers" in dict(lm.decoder.named_children())
 
 
-def _static_refusal(config, kind: type, max_length: int) -> str | None:
+def _static_refusal(config, kind: Any, max_length: int) -> str | None:
     """What short probes cannot see, from the configuration alone."""
     if kind._is_stateful:
         return f"{kind.__name__} carries a state along the row (recurrent layers), which would leak between segments"

@@ -18,7 +18,9 @@ class AdamW:
     adam_beta2: Annotated[float, Field(ge=0, lt=1, description="decay of the mean of squares")] = 0.999
     adam_epsilon: Annotated[float, Field(gt=0, description="added to the root of the squares")] = 1e-8
 
-    def build(self, trained: dict[str, nn.Parameter], learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
+    def build(
+        self, trained: dict[str, nn.Parameter], learning_rate: float, weight_decay: float
+    ) -> torch.optim.Optimizer:
         """An optimizer over `trained`; weight decay goes to matrices only, not to norms and biases."""
         matrices = [p for p in trained.values() if p.dim() > 1]
         vectors = [p for p in trained.values() if p.dim() <= 1]

@@ -191,4 +191,3 @@ def apply(linear: Linear, x: Tensor) -> Tensor:
 def widen_embedding(embedding: nn.Embedding, dtype: torch.dtype) -> None:
     """Makes the input embedding answer in the arithmetic dtype, whatever it is stored in."""
     embedding.register_forward_hook(lambda module, args, output: output.to(dtype))
-

@@ -28,9 +28,15 @@ def save_final(lm: LanguageModel, recipe: Recipe, files: ModelFiles, folder: Pat
     tensors = {name: p.detach().cpu() for name, p in lm.trainable().items()}
     sources = ", ".join(Path(s.path).name for s in recipe.data.train)
     save_adapter(
-        folder, peft_options(lm.attached), tensors, files.origin,
-        dtype=recipe.save_dtype, revision=files.revision, data=sources, method=how,
-    )  # fmt: skip
+        folder,
+        peft_options(lm.attached),
+        tensors,
+        files.origin,
+        dtype=recipe.save_dtype,
+        revision=files.revision,
+        data=sources,
+        method=how,
+    )
     lm.tokenizer.save_pretrained(str(folder))
 
 
@@ -51,11 +57,17 @@ def stage_result(name: str, state: State, before: State) -> dict[str, Any]:
         "best": state.best,
         "best_step": state.best_step,
         "stopped_early": state.stopped_early,
+        "micro_batch_tokens": state.micro_batch_tokens,
     }
 
 
 def result(
-    lm: LanguageModel, recipe: Recipe, state: State, wall_seconds: float, data: dict[str, Any],
+    lm: LanguageModel,
+    recipe: Recipe,
+    state: State,
+    wall_seconds: float,
+    data: dict[str, Any],
+    planned: dict[str, Any],
     evaluation: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """result.json of a finished run."""
@@ -75,14 +87,13 @@ def result(
         "trainable_parameters": lm.trainable_parameters,
         "total_parameters": lm.total_parameters,
         "final_loss": state.last_loss,
-        "micro_batch_tokens": state.micro_batch_tokens,
         "device": lm.device.type,
         "storage_dtype": str(lm.dtypes.storage).removeprefix("torch."),
         "arithmetic_dtype": str(lm.dtypes.arithmetic).removeprefix("torch."),
         "path": lm.path,
         "path_reason": lm.path_reason,
         "data": data,
-        "planned": None,
+        "planned": planned,
         "evaluation": evaluation,
         "versions": {name: _version(name) for name in PACKAGES},
     }

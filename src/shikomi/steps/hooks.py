@@ -23,7 +23,6 @@ from shikomi.train.state import Settings, State
 from shikomi.train.step import Plan
 
 
-
 @dataclass
 class RunHooks:
     """The loop's hooks for one stage of a run."""
@@ -47,11 +46,17 @@ class RunHooks:
         speed = state.total_tokens / max(state.training_seconds, 1e-9)
         left = (total - state.step) * state.training_seconds / max(1, state.global_step)
         every = self.settings.save_steps
-        self.progress.advance({
-            **record, "step": state.step, "total_steps": total, "tokens_per_second": speed, "eta_seconds": left,
-            "peak_memory_bytes": peak_memory_bytes(),
-            "next_checkpoint_step": None if not every else min(total, (state.step // every + 1) * every),
-        })  # fmt: skip
+        self.progress.advance(
+            {
+                **record,
+                "step": state.step,
+                "total_steps": total,
+                "tokens_per_second": speed,
+                "eta_seconds": left,
+                "peak_memory_bytes": peak_memory_bytes(),
+                "next_checkpoint_step": None if not every else min(total, (state.step // every + 1) * every),
+            }
+        )
         if state.step % self.stage.logging_steps == 0 or state.step == total:
             for writer in self.writers:
                 shown = {k: float(v) for k, v in record.items() if isinstance(v, int | float) and k != "step"}
@@ -149,5 +154,3 @@ def restore_trained(lm: LanguageModel, tensors: dict[str, Tensor], folder: Path)
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(tensors[name])
-
-

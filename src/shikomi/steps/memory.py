@@ -1,9 +1,17 @@
-"""How much memory this process and its children have used."""
+"""Memory: what is free, what a stage will keep, what was used; and a plain bound before anything is loaded."""
 
 import resource
+import shutil
 import sys
+from pathlib import Path
 
 import torch
+
+from shikomi.errors import BadInput, Problem
+from shikomi.model.language_model import LanguageModel
+from shikomi.recipe.schema import Recipe, Stage
+
+IMPORTS = 400 << 20  # bytes that the interpreter and its libraries take
 
 
 def peak_memory_bytes() -> int:
@@ -17,3 +25,93 @@ def peak_memory_bytes() -> int:
 def peak_device_memory_bytes(device: torch.device) -> int | None:
     """Bytes that the allocator of a CUDA device reserved at most; None elsewhere."""
     return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
+
+
+def choose_recompute(lm: LanguageModel, stage: Stage, micro_batch_tokens: int) -> None:
+    """Sets in how many layers activations are computed again; auto: as few as half of the free memory allows."""
+    wanted: int | str = stage.recompute
+    if wanted == "auto":
+        wanted = _automatic(lm, micro_batch_tokens)
+    elif wanted == "none":
+        wanted = 0
+    lm.recompute = wanted if wanted == "full" else min(int(wanted), lm.layers)
+    if lm.path != "fused" and lm.recompute:
+        lm.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        lm.model.train()
+
+
+def kept_bytes(lm: LanguageModel, micro_batch_tokens: int) -> tuple[int, int]:
+    """Bytes of activations that one layer keeps for the backward, and how much of that is gate and up."""
+    config = lm.config.to_dict()
+    hidden = config.get("hidden_size") or config.get("n_embd")
+    wide = config.get("intermediate_size") or config.get("n_inner") or 4 * hidden
+    size = (lm.dtypes.storage if lm.path == "fused" else lm.dtypes.arithmetic).itemsize
+    gate_up = 2 * wide * size * micro_batch_tokens
+    rest = (5 if lm.path == "fused" else 16) * hidden * size * micro_batch_tokens
+    return rest + (gate_up if lm.path == "fused" else 2 * gate_up), gate_up
+
+
+def _automatic(lm: LanguageModel, micro_batch_tokens: int) -> int | str:
+    free = free_memory(lm)
+    if free is None:
+        return 0
+    layer, gate_up = kept_bytes(lm, micro_batch_tokens)
+    excess = layer * lm.layers - free // 2
+    if excess <= 0:
+        return 0
+    if lm.path == "fused" and excess <= gate_up * lm.layers:
+        return -(-excess // gate_up)
+    return "full"
+
+
+def is_tight(lm: LanguageModel, micro_batch_tokens: int) -> bool:
+    """Whether a micro-batch could run out of memory: its activations would take a quarter of what is free.
+
+    Then the longest one is computed before the first step. Elsewhere that would only cost its time.
+    """
+    free = free_memory(lm)
+    return free is None or lm.device.type == "cuda" or kept_bytes(lm, micro_batch_tokens)[0] * lm.layers > free // 4
+
+
+def free_memory(lm: LanguageModel) -> int | None:
+    """Bytes that the device has left; None where that cannot be told."""
+    if lm.device.type == "cuda":
+        return torch.cuda.mem_get_info(lm.device)[0]
+    return host_memory()
+
+
+def host_memory() -> int | None:
+    """Bytes of host memory that are available; None where that cannot be told."""
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return None
+    for line in meminfo.read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def check_room(recipe: Recipe, weight_bytes: int, total_parameters: int) -> int:
+    """A plain lower bound of the run's peak host memory in bytes; raises BadInput where memory or disk is short.
+
+    Weights as stored, and for full fine-tuning fp32 masters, gradients and two moments; activations are not counted.
+    """
+    full = recipe.adapter.name == "full"
+    need = IMPORTS + (16 * total_parameters if full else weight_bytes)
+    free = host_memory()
+    problems = []
+    if free is not None and need > free:
+        fix = "train with an adapter instead of adapter: full" if full else "choose a smaller model, or free memory"
+        found = f"at least {need / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free"
+        problems.append(Problem("not enough memory", found=found, fix=fix))
+    place = next(p for p in (recipe.output_dir, *recipe.output_dir.parents) if p.exists())
+    room = shutil.disk_usage(place).free
+    saved = (3 * 12 + 2) * total_parameters if full else 50 << 20
+    if saved > room:
+        found = f"at least {saved / 1e9:.1f} GB needed for checkpoints, {room / 1e9:.1f} GB free"
+        problems.append(
+            Problem("not enough disk", str(place), found=found, fix="choose another output_dir, or free space")
+        )
+    if problems:
+        raise BadInput(problems)
+    return need

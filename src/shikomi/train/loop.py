@@ -94,12 +94,16 @@ def _step(run: Run, scaler: torch.amp.GradScaler) -> dict[str, Any]:
     trained = [p for p in run.lm.trainable().values() if p.grad is not None]
     scaler.unscale_(run.optimizer)
     norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
-    values = torch.stack([norm.float(), *[v.float() for v in sums.values()]]).tolist()  # the step's only synchronisation
+    values = torch.stack(
+        [norm.float(), *[v.float() for v in sums.values()]]
+    ).tolist()  # the step's only synchronisation
     loss = values[1]
     if not math.isfinite(loss) or (not math.isfinite(values[0]) and not scaler.is_enabled()):
         where = run.hooks.non_finite(plan, state)
-        raise NonFinite(f"step {state.step + 1}: loss {loss}, grad_norm {values[0]}; the update was not made. "
-                        f"The batch is in {where}. Try a lower learning_rate or dtype: fp32.")  # fmt: skip
+        raise NonFinite(
+            f"step {state.step + 1}: loss {loss}, grad_norm {values[0]}; the update was not made. "
+            f"The batch is in {where}. Try a lower learning_rate or dtype: fp32."
+        )
     if settings.max_grad_norm is not None:
         nn.utils.clip_grads_with_norm_(trained, settings.max_grad_norm, norm)
     scaler.step(run.optimizer)
@@ -113,9 +117,17 @@ def _step(run: Run, scaler: torch.amp.GradScaler) -> dict[str, Any]:
     state.training_seconds += seconds
     state.last_loss = loss
     named = dict(zip(sums, values[1:], strict=True))
-    return {"step": state.global_step, "loss": named.pop("loss"), "grad_norm": values[0], "learning_rate": rate,
-            "tokens": plan.tokens, "trained_tokens": plan.counts["tokens"], "computed_tokens": plan.computed,
-            "seconds": round(seconds, 4), **named}  # fmt: skip
+    return {
+        "step": state.global_step,
+        "loss": named.pop("loss"),
+        "grad_norm": values[0],
+        "learning_rate": rate,
+        "tokens": plan.tokens,
+        "trained_tokens": plan.counts["tokens"],
+        "computed_tokens": plan.computed,
+        "seconds": round(seconds, 4),
+        **named,
+    }
 
 
 def _gradients(run: Run, examples: list[Example], scale: float) -> tuple[Plan, dict[str, torch.Tensor]]:

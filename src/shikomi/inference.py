@@ -1,0 +1,225 @@
+"""A model ready to answer: base or trained, from an alias, a folder, the hub, a GGUF file, an adapter or a run."""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shikomi.checkpoint.merge import merge as merge_adapter
+from shikomi.checkpoint.peft_format import load_adapter
+from shikomi.data.check import load_conversations, template_labels
+from shikomi.data.columns import column_templates
+from shikomi.data.conversation import Conversation
+from shikomi.data.encode import Encoder
+from shikomi.data.formats import parse_row
+from shikomi.errors import BadInput, Problem
+from shikomi.evaluate.labels import score_labels
+from shikomi.evaluate.run_eval import Task, choose_metrics, evaluate, sample_rows
+from shikomi.model.files import resolve
+from shikomi.model.language_model import LanguageModel
+from shikomi.model.load import load_model
+from shikomi.progress import Progress, Silent
+from shikomi.recipe import DataSpec, Recipe, Source, load_recipe
+from shikomi.steps.prepare import lora_of
+
+ROWS_AT_ONCE = 64  # rows answered together by `predict`
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A loaded model with the way its rows become prompts. `recipe` and `labels` are those of a run, else None."""
+
+    lm: LanguageModel
+    encoder: Encoder
+    recipe: Recipe | None
+    labels: tuple[str, ...] | None
+
+    def base(self) -> contextlib.AbstractContextManager[None]:
+        """Within: the untouched model answers."""
+        return self.lm.adapter_off()
+
+    def generate(
+        self,
+        text: str | Sequence[dict[str, Any]],
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stream: Callable[[str], None] | None = None,
+    ) -> str:
+        """The answer to a text, or to a conversation of messages.
+
+        A text goes into the run's own prompt template where that has one column; with a label set the answer is the
+        most probable label. Temperature 0 is greedy.
+        """
+        conversation = self._asked(text)
+        prompt = self.encoder.encode_prompt(conversation)
+        if self.labels is not None and isinstance(text, str):
+            answer = self.labels[int(self._label_scores([prompt])[0].argmax())]
+            if stream is not None:
+                stream(answer)
+            return answer
+        ids = self.lm.generate([prompt], max_new_tokens, temperature, top_p, seed, stream)[0]
+        return self.encoder.decode_answer(ids)
+
+    def predict(
+        self,
+        file: str | Path,
+        prompt: str | None = None,
+        max_new_tokens: int = 256,
+        limit: int | None = None,
+        progress: Progress | None = None,
+    ) -> Iterator[dict[str, Any]]:
+        """The rows of a file, each with a "prediction", and with "probabilities" of the labels where there is a set.
+
+        Raises BadInput with every problem of the file before the first row is answered.
+        """
+        spec, progress = self._spec(file, prompt, None), progress or Silent()
+        source = Source(path=str(file), limit=limit)
+        items = load_conversations([source], spec, template_labels(spec, self.labels), "test", answer=False)
+        for start in range(0, len(items), ROWS_AT_ONCE):
+            some = items[start : start + ROWS_AT_ONCE]
+            prompts = [self.encoder.encode_prompt(item.conversation) for item in some]
+            for item, found in zip(some, self._answers(prompts, max_new_tokens), strict=True):
+                yield {**item.row.data, **found}
+            progress.tick(start + len(some), len(items), "predicting")
+
+    def evaluate(
+        self,
+        file: str | Path,
+        metrics: Sequence[str] = (),
+        labels: Sequence[str] | None = None,
+        prompt: str | None = None,
+        completion: str | None = None,
+        limit: int | None = None,
+        max_new_tokens: int = 64,
+        progress: Progress | None = None,
+    ) -> dict[str, Any]:
+        """Scores on a file: n, seconds, metrics {name: value with its 95% interval}, notes."""
+        spec = self._spec(file, prompt, completion)
+        known = tuple(labels) if labels else self.labels
+        items = load_conversations([Source(path=str(file))], spec, template_labels(spec, known), "test")
+        rows = sample_rows([item.conversation for item in items], limit, 0)
+        task = Task(
+            rows,
+            self.encoder,
+            choose_metrics(list(metrics), known),
+            known,
+            max_new_tokens=max_new_tokens,
+            max_length=self.encoder.max_length or 1024,
+        )
+        done = evaluate(self.lm, task, None, progress)
+        return {**done.to_json(), "notes": list(done.notes)}
+
+    def _asked(self, text: str | Sequence[dict[str, Any]]) -> Conversation:
+        if not isinstance(text, str):
+            return Conversation(messages=tuple(text), completion_from=len(text))
+        if self.recipe is not None and self.recipe.data.prompt is not None:
+            columns = list(
+                dict.fromkeys(
+                    c for t in column_templates(self.recipe.data).values() if t.key != "completion" for c in t.columns
+                )
+            )
+            if len(columns) != 1:
+                fix = "use `shikomi predict` on a file with these columns"
+                raise BadInput([Problem("one text cannot fill the run's prompt", found=", ".join(columns), fix=fix)])
+            row, spec = {columns[0]: text}, self.recipe.data
+        else:
+            row, spec = {"prompt": text, "completion": ""}, DataSpec(train=(Source(path="-"),))
+        return parse_row(row, spec, ("text", 1), self.labels, answer=False)
+
+    def _spec(self, file: str | Path, prompt: str | None, completion: str | None) -> DataSpec:
+        base = self.recipe.data if self.recipe is not None else DataSpec(train=(Source(path=str(file)),))
+        given = {k: v for k, v in (("prompt", prompt), ("completion", completion)) if v is not None}
+        if given and self.recipe is None:
+            given.setdefault("prompt", "{prompt}")
+            given.setdefault("completion", "{completion}")
+        return base.model_copy(update=given)
+
+    def _label_scores(self, prompts: Sequence[Sequence[int]]) -> Any:
+        assert self.labels is not None
+        return score_labels(self.lm, prompts, [self.encoder.encode_answer(label) for label in self.labels])
+
+    def _answers(self, prompts: list[list[int]], max_new_tokens: int) -> Iterator[dict[str, Any]]:
+        if self.labels is None:
+            for ids in self.lm.generate(prompts, max_new_tokens):
+                yield {"prediction": self.encoder.decode_answer(ids)}
+            return
+        import numpy as np
+
+        for scores in self._label_scores(prompts):
+            p = np.exp(scores - scores.max())
+            shares = dict(zip(self.labels, (p / p.sum()).round(6).tolist(), strict=True))
+            yield {"prediction": max(shares, key=lambda name: shares[name]), "probabilities": shares}
+
+
+def open_model(
+    name: str | Path,
+    revision: str | None = None,
+    token_env: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> Ready:
+    """Loads what `name` means: alias, transformers folder, hub id, file.gguf, PEFT adapter folder or run directory.
+
+    Raises BadInput for what cannot be found or read.
+    """
+    progress = progress or Silent()
+    recipe, labels = _run_of(Path(name))
+    files = resolve(str(name), revision, os.environ.get(token_env) if token_env else None, progress)
+    for note in files.notes:
+        progress.note(note)
+    adapter, tensors = None, None
+    if files.adapter is not None:
+        loaded = load_adapter(files.adapter)
+        adapter, tensors = lora_of(loaded.config), loaded.tensors
+    progress.phase("loading the model")
+    own_tokenizer = files.adapter is not None and (files.adapter / "tokenizer.json").is_file()
+    lm = load_model(
+        str(files.folder),
+        adapter,
+        dtype,
+        device,
+        max_length=recipe.max_length if recipe else 1024,
+        tokenizer_folder=str(files.adapter) if own_tokenizer else None,
+    )
+    if tensors is not None and lm.attached is not None:
+        lm.attached.load(tensors, str(files.adapter))
+    lm.origin = files.origin
+    for parameter in lm.model.parameters():
+        parameter.requires_grad_(False)
+    chat, template = (recipe.chat, recipe.chat_template) if recipe else ("auto", None)
+    encoder = Encoder(
+        lm.tokenizer, chat, template, recipe.data.train_on if recipe else "all", recipe.max_length if recipe else None
+    )
+    lm.stop_ids = sorted({*lm.stop_ids, *encoder.stop_ids})
+    return Ready(lm, encoder, recipe, labels)
+
+
+def _run_of(path: Path) -> tuple[Recipe | None, tuple[str, ...] | None]:
+    """Recipe and label set of a run directory; of a folder that is none, nothing."""
+    if not (path / "run.json").is_file():
+        return None, None
+    from shikomi.checkpoint.rundir import RunDir
+
+    run = RunDir(path)
+    labels = (run.result().get("data") or {}).get("labels")
+    return load_recipe(run.recipe_path), tuple(labels) if labels else None
+
+
+def merge(run: str | Path, output: str | Path, dtype: str = "auto", progress: Progress | None = None) -> dict[str, Any]:
+    """Merges the adapter of a run (or an adapter folder) into its base; returns dtype and logit drift.
+
+    dtype: auto | fp32 | bf16 | bf16-stochastic. Raises BadInput where there is no adapter or `output` is not empty.
+    """
+    if dtype not in ("auto", "fp32", "bf16", "bf16-stochastic"):
+        raise BadInput([Problem(f"unknown dtype {dtype!r}", allowed="auto, fp32, bf16, bf16-stochastic")])
+    progress = progress or Silent()
+    if Path(output).exists() and any(Path(output).iterdir()):
+        raise BadInput([Problem("the output folder is not empty", str(output), fix="choose another --output")])
+    ready = open_model(run, progress=progress)
+    progress.phase("merging")
+    return merge_adapter(ready.lm, Path(output), dtype)  # type: ignore[arg-type]

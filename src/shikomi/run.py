@@ -1,0 +1,267 @@
+"""The spine: a recipe becomes a trained, compared and usable model. Read this file first.
+
+1 data   2 model   3 adapter   4 objective and optimizer   5 loop   6 final model   7 comparison   8 report
+"""
+
+import copy
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shikomi.checkpoint.fingerprint import compare, fingerprint
+from shikomi.checkpoint.lock import RunLock
+from shikomi.checkpoint.manifest import Found, checkpoint_folder, newest_valid, read_manifest, read_tensors
+from shikomi.checkpoint.rundir import RunDir
+from shikomi.errors import BadInput, Problem, Stopped
+from shikomi.evaluate.compare import comparison, evaluate_baselines
+from shikomi.evaluate.report import write_report
+from shikomi.evaluate.run_eval import Evaluation, evaluate
+from shikomi.model.language_model import LanguageModel
+from shikomi.model.load import count_parameters
+from shikomi.optim._schedule import warmup
+from shikomi.progress import Progress, Silent
+from shikomi.recipe import build, dump_recipe, load_recipe, refused_on_resume
+from shikomi.recipe.schema import Recipe, Stage
+from shikomi.steps.finish import result, save_final, stage_result
+from shikomi.steps.hooks import RunHooks, restore_optimizer, restore_trained, restored_state
+from shikomi.steps.memory import choose_recompute, is_tight
+from shikomi.steps.prepare import Prepared, StageData, build_model, prepare
+from shikomi.steps.writers import Writer, open_writers
+from shikomi.train.loop import Run, probe
+from shikomi.train.loop import train as run_loop
+from shikomi.train.state import Settings, State
+from shikomi.train.step import plan_step
+
+
+@dataclass(frozen=True)
+class Result:
+    """Where a finished run is, and its result.json."""
+
+    output_dir: Path
+    values: dict[str, Any]
+
+
+def train(recipe: Recipe, progress: Progress | None = None) -> Result:
+    """Runs a recipe from its beginning, or goes on where an interrupted run of the same recipe stopped.
+
+    Raises BadInput before anything is written, Stopped after a signal (resumable), TryAgain and NonFinite as the loop
+    does.
+    """
+    progress = progress or Silent()
+    rundir = RunDir(recipe.output_dir)
+    if rundir.is_finished():
+        rundir.create(dump_recipe(recipe), recipe.digest())  # refuses, and says how to go on
+    prepared = prepare(recipe, progress)
+    with RunLock(rundir.path):
+        rundir.create(dump_recipe(recipe), recipe.digest())
+        rundir.check_data(prepared.fingerprints)
+        return _execute(recipe, prepared, rundir, progress)
+
+
+def resume(run: str | Path, overrides: Sequence[str] = (), progress: Progress | None = None) -> Result:
+    """Continues an interrupted run bit for bit, or extends a finished one (`num_train_epochs=3`).
+
+    A finished run without overrides gives its result and changes nothing. Raises BadInput with the difference for an
+    override that would make it another run.
+    """
+    progress = progress or Silent()
+    rundir = RunDir(Path(run).absolute()).open()
+    before = load_recipe(rundir.recipe_path)
+    recipe = load_recipe(rundir.recipe_path, overrides)
+    refused = refused_on_resume(before, recipe)
+    if refused:
+        raise BadInput(
+            [
+                Problem(
+                    f"{key} cannot change on resume",
+                    str(rundir.path),
+                    found=f"{old!r} -> {new!r}",
+                    fix="train with another output_dir",
+                )
+                for key, old, new in refused
+            ]
+        )
+    if dump_recipe(before) == dump_recipe(recipe) and rundir.is_finished():
+        progress.note(f"{rundir.path} is finished; nothing to do")
+        return Result(rundir.path, rundir.result())
+    prepared = prepare(recipe, progress)
+    with RunLock(rundir.path):
+        rundir.check_data(prepared.fingerprints)
+        if dump_recipe(before) != dump_recipe(recipe):
+            found = newest_valid(rundir.checkpoints)
+            rundir.extend(dump_recipe(recipe), recipe.digest(), list(overrides), found.state.get("step", 0))
+        return _execute(recipe, prepared, rundir, progress)
+
+
+def dry_run(recipe: Recipe, progress: Progress | None = None) -> dict[str, Any]:
+    """What `train` would do, without loading weights and without writing to the run's folder."""
+    progress = progress or Silent()
+    prepared = prepare(recipe, progress)
+    stages = []
+    for stage, data in zip(recipe.stages, prepared.stages, strict=True):
+        report = data.store.report
+        first = plan_step(data.examples(0), stage.micro_batch_tokens, stage.share_prefix)
+        stages.append(
+            {
+                "name": stage.name,
+                "rows": len(data.store),
+                "tokens": report.tokens,
+                "trained_tokens": report.trained_tokens,
+                "longest": report.longest,
+                "truncated": report.truncated,
+                "steps": data.total_steps,
+                "steps_per_epoch": data.steps_per_epoch,
+                "batch_size": stage.batch_size,
+                "micro_batches": len(first.micro),
+                "micro_batch_tokens": stage.micro_batch_tokens,
+                "first_example": marked(data),
+            }
+        )
+    trained, total = count_parameters(str(prepared.files.folder), prepared.adapter)
+    return {
+        "model": recipe.model,
+        "output_dir": str(recipe.output_dir),
+        "adapter": recipe.adapter.name,
+        "trainable_parameters": trained,
+        "total_parameters": total,
+        "memory_bound_bytes": prepared.memory_bound,
+        **(stages[0] if len(stages) == 1 else {"stages": stages}),
+    }
+
+
+def marked(data: StageData) -> str:
+    """The first row as text, what is trained between double brackets."""
+    example = data.store[0]
+    pieces: list[tuple[list[int], bool]] = []
+    for token, trained in zip(example.ids.tolist(), example.mask.tolist(), strict=True):
+        if not pieces or pieces[-1][1] != trained:
+            pieces.append(([], trained))
+        pieces[-1][0].append(token)
+    decode = data.encoder.tokenizer.decode
+    return "".join(f"[[{decode(ids)}]]" if trained else decode(ids) for ids, trained in pieces)
+
+
+def _execute(recipe: Recipe, prepared: Prepared, rundir: RunDir, progress: Progress) -> Result:
+    started = time.perf_counter()
+    lm = build_model(recipe, prepared, progress)
+    for line in (lm.parameter_line(), *lm.notes, *([f"slow path: {lm.path_reason}"] if lm.path == "separate" else [])):
+        progress.note(line)
+        rundir.log(line)
+    baselines = _baselines(lm, recipe, prepared, progress)
+    state, found = _restore(lm, rundir, prepared, progress)
+    writers = open_writers(recipe.report_to, rundir.path, recipe.model_dump(mode="json"))
+    try:
+        for index, stage in enumerate(recipe.stages):
+            if index >= state.stage:
+                _stage(lm, recipe, stage, prepared, rundir, state, found, writers, progress)
+    except Stopped as stopped:
+        raise Stopped(f"{stopped.message}; continue with: shikomi resume {rundir.path}", stopped.exit_code) from None
+    finally:
+        for writer in writers:
+            writer.close()
+    progress.phase("saving the final model")
+    save_final(lm, recipe, prepared.files, rundir.final, f"{recipe.adapter.name}, {state.global_step} steps")
+    evaluation = None
+    if prepared.test is not None:
+        evaluation = comparison(prepared.test, baselines, evaluate(lm, prepared.test, None, progress, "trained"))
+    seconds = time.perf_counter() - started
+    planned = {"peak_memory_bytes": prepared.memory_bound}
+    values = result(lm, recipe, state, seconds, prepared.summary(), planned, evaluation)
+    rundir.write_result(values)
+    records, _ = rundir.read_metrics()
+    write_report(rundir.path, rundir.path.name, values, records, dump_recipe(recipe))
+    progress.finish()
+    return Result(rundir.path, values)
+
+
+def _baselines(lm: LanguageModel, recipe: Recipe, prepared: Prepared, progress: Progress) -> dict[str, Evaluation]:
+    """The untouched model's scores, before the first step."""
+    if prepared.test is None or recipe.evaluate is None:
+        return {}
+    with lm.adapter_off():
+        return evaluate_baselines(
+            lm, prepared.test, prepared.train_rows(), recipe.evaluate.baselines, recipe.evaluate.shots, progress
+        )
+
+
+def _restore(lm: LanguageModel, rundir: RunDir, prepared: Prepared, progress: Progress) -> tuple[State, Found]:
+    """State and parameters of the newest valid checkpoint, or a beginning."""
+    found = newest_valid(rundir.checkpoints)
+    for note in found.notes:
+        progress.note(note)
+        rundir.log(note)
+    if found.folder is None:
+        rundir.truncate_metrics(0)
+        return State(), found
+    for line in compare(read_manifest(found.folder)["fingerprint"], fingerprint(lm.device)):
+        progress.note(f"this machine differs from the one that saved: {line}; bits may differ")
+    rundir.truncate_metrics(found.state["step"])
+    restore_trained(lm, read_tensors(found.folder, "adapter"), found.folder)
+    state = restored_state(found.state)
+    progress.note(f"resuming after step {state.global_step}")
+    return state, found
+
+
+def _stage(
+    lm: LanguageModel,
+    recipe: Recipe,
+    stage: Stage,
+    prepared: Prepared,
+    rundir: RunDir,
+    state: State,
+    found: Found,
+    writers: list[Writer],
+    progress: Progress,
+) -> None:
+    """Trains one stage to its end and leaves its result in stages/NN-name/."""
+    data = prepared.stages[state.stage]
+    settings = stage_settings(stage, data, recipe.seed)
+    before = copy.deepcopy(state)
+    objective: Any = build("objectives", stage.objective)
+    optim: Any = build("optim", stage.optim)
+    optimizer = optim.build(lm.trainable(), stage.learning_rate, stage.weight_decay)
+    if found.folder is not None and state.step:
+        restore_optimizer(lm, optimizer, read_tensors(found.folder, "optimizer"))
+    choose_recompute(lm, stage, state.micro_batch_tokens or settings.micro_batch_tokens)
+    hooks = RunHooks(lm, optimizer, rundir, stage, settings, state, data.encoder, data.validation, progress, writers)
+    run = Run(lm, objective, data.examples, optimizer, settings, state, hooks)
+    if state.step < settings.total_steps:
+        progress.start(settings.total_steps, stage.name)
+        if state.step == 0:
+            if is_tight(lm, settings.micro_batch_tokens):
+                progress.phase("probing memory with the longest micro-batch")
+                probe(run, data.largest(settings.micro_batch_tokens))
+        run_loop(run)
+    if settings.keep_best and state.best_step is not None and state.best_step != state.global_step:
+        best = checkpoint_folder(rundir.checkpoints, state.best_step)
+        restore_trained(lm, read_tensors(best, "adapter"), best)
+        hooks.note(f"the best checkpoint is of step {state.best_step}: {settings.metric} {state.best:.4g}")
+    if len(recipe.stages) > 1:
+        save_final(lm, recipe, prepared.files, rundir.stage(state.stage + 1, stage.name), stage.objective.name)
+    state.finished_stages.append(stage_result(stage.name, state, before))
+    state.stage += 1
+    state.step, state.best, state.best_step = 0, None, None
+    state.worse_evaluations, state.stopped_early, state.micro_batch_tokens = 0, False, 0
+
+
+def stage_settings(stage: Stage, data: StageData, seed: int) -> Settings:
+    """What the loop reads of a stage; a missing eval_steps means once an epoch."""
+    total = data.total_steps
+    evaluates = data.validation is not None or bool(stage.sample_prompts)
+    return Settings(
+        total_steps=total,
+        learning_rate=stage.learning_rate,
+        schedule=stage.lr_scheduler_type,
+        warmup_steps=warmup(stage.warmup_steps, total),
+        max_grad_norm=stage.max_grad_norm,
+        micro_batch_tokens=stage.micro_batch_tokens,
+        share_prefix=stage.share_prefix,
+        seed=seed,
+        eval_steps=(stage.eval_steps or data.steps_per_epoch) if evaluates else 0,
+        save_steps=stage.save_steps,
+        early_stopping_patience=stage.early_stopping_patience,
+        metric=stage.metric_for_best_model,
+        keep_best=stage.load_best_model_at_end,
+    )
