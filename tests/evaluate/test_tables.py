@@ -78,6 +78,8 @@ def test_examples_are_no_markup_and_leave_out_what_all_share() -> None:
     text = shown(examples(evaluation_json()))
     assert "[bold]x[/bold]" in text and "a<b" in text
     assert "Which section of the archive" not in text
+    none = {**evaluation_json(), "examples": [], "examples_base": None, "examples_common": ""}
+    assert "trained" in shown(examples(none))
 
 
 def test_shortened_text_keeps_both_ends() -> None:

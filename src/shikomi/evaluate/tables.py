@@ -70,7 +70,7 @@ def examples(evaluation: Mapping[str, Any], longest: int = 160) -> RenderableTyp
     table = Table(box=box.SIMPLE_HEAD, show_lines=True, expand=True)
     table.add_column("input", ratio=3, overflow="fold")
     table.add_column("reference", ratio=1, min_width=11, overflow="fold")
-    table.add_column(evaluation["examples_base"], ratio=1, min_width=11, overflow="fold")
+    table.add_column(evaluation["examples_base"] or "base", ratio=1, min_width=11, overflow="fold")
     table.add_column("trained", ratio=1, min_width=11, overflow="fold")
     for example in evaluation["examples"]:
         answers = [
