@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from shikomi.data.columns import cell_text
-from shikomi.data.formats import label_set, recognise
+from shikomi.data.formats import METADATA, label_set, recognise
 from shikomi.data.problems import Problems
 from shikomi.data.sources import files, rows
 from shikomi.errors import BadInput, Problem
@@ -138,6 +138,7 @@ def _prompt_columns(usable: list[str], read: Sequence[dict[str, Any]]) -> list[s
     known = [name for name in usable if name.lower().strip() in PROMPT_NAMES]
     if known:
         return known
+    usable = [name for name in usable if name.lower().strip() not in METADATA] or usable
     size = {name: sum(len(cell_text(row.get(name))) for row in read) / len(read) for name in usable}
     longest = max(size.values(), default=0)
     return [name for name in usable if size[name] >= max(longest / 4, 1)]
