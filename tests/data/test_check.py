@@ -145,6 +145,13 @@ def test_load_conversations_raises_every_problem(tmp_path):
     assert len(load_conversations([only_prompts], spec, labels=(), answer=False)) == 1
 
 
+def test_problems_come_before_a_split_that_fails(tmp_path):
+    source = jsonl(tmp_path / "a.jsonl", [pair("p"), pair("")])
+    spec = DataSpec(train=(source,))
+    with pytest.raises(BadInput, match="a.jsonl:2"):
+        split_rows(Scan([source], spec).conversations(), 0.5, 0)
+
+
 def conversations(texts):
     return [Conversation(({"role": "user", "content": t}, {"role": "assistant", "content": "a"})) for t in texts]
 

@@ -138,7 +138,8 @@ def test_columns():
 
 
 def test_rows_without_an_answer_for_prediction():
-    assert roles(parse({"prompt": "p"}, answer=False, format="prompt_completion")) == [("user", "p")]
+    assert roles(parse({"prompt": "p"}, answer=False)) == [("user", "p")]
+    assert roles(parse({"instruction": "p", "input": "i"}, answer=False)) == [("user", "p\n\ni")]
     assert roles(parse({"text": "t"}, answer=False, prompt="{text}?", completion="{label}")) == [("user", "t?")]
     assert roles(parse({"messages": [USER]}, answer=False)) == [("user", "q")]
 

@@ -1,5 +1,7 @@
 """Packing must describe exactly the same (context, target) pairs as the examples one by one."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -91,6 +93,33 @@ def test_partition_saves_the_most_tokens():
     examples = [example([*short, 900, 1], [21]), example([*long, 1], [200]), example([*long, 2], [200])]
     # one group of three would save 2 * 20; the pair alone saves 200
     assert len(pack(examples, share_prefix=True).ids) == 22 + 202
+
+
+def best_saving(ids: list[np.ndarray], limits: list[int]) -> int:
+    """Most tokens that sharing can save, over all partitions into neighbours of the sorted order."""
+    order = sorted(range(len(ids)), key=lambda i: ids[i].tobytes())
+    best = 0
+    for cuts in itertools.product([False, True], repeat=len(order) - 1):
+        groups = [[order[0]]]
+        for cut, i in zip(cuts, order[1:], strict=True):
+            if cut:
+                groups.append([])
+            groups[-1].append(i)
+        saved = 0
+        for members in groups:
+            columns = zip(*(ids[i].tolist() for i in members), strict=False)
+            common = next((n for n, column in enumerate(columns) if len(set(column)) > 1), 99)
+            common = min(common, *(limits[i] for i in members))
+            saved += (len(members) - 1) * common if common >= MIN_SHARED_PREFIX else 0
+        best = max(best, saved)
+    return best
+
+
+@given(example_lists())
+def test_sharing_saves_as_many_tokens_as_any_partition_would(examples):
+    packed = pack(examples, share_prefix=True)
+    limits = [int(e.mask.argmax()) if e.mask.any() else len(e) - 1 for e in examples]
+    assert packed.n_tokens - len(packed.ids) == best_saving([e.ids for e in examples], limits)
 
 
 def test_identical_examples_keep_their_trained_tokens_apart():

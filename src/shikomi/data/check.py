@@ -154,6 +154,11 @@ class Scan:
         if self.report.rows and not self.report.kept and not self.problems.count:
             self.problems.add(self._nothing_left(encoder))
 
+    def conversations(self) -> Iterator[Conversation]:
+        """The conversations of the good rows, streaming; raises BadInput with every problem at the end."""
+        yield from (item.conversation for item in self)
+        self.problems.raise_if_any()
+
     def _rows(self, source: Source) -> Iterator[Row]:
         try:
             yield from rows(source, self.problems, self.role)
@@ -164,7 +169,7 @@ class Scan:
         """The conversation of a row; `first` is the format of each file and the line that showed it."""
         where = (row.file, row.line)
         try:
-            kind = row_format(row.data, self.spec, where)
+            kind = row_format(row.data, self.spec, where, self.answer)
             known, line = first.setdefault(row.file, (kind, row.line))
             if known != kind:
                 self.problems.add(

@@ -31,8 +31,8 @@ _ALLOWED_KEYS = (
 )
 
 
-def recognise(row: Mapping[str, Any]) -> str | None:
-    """The format of a row by its keys, or None."""
+def recognise(row: Mapping[str, Any], answer: bool = True) -> str | None:
+    """The format of a row by its keys, or None. Without `answer` the keys of the question are enough."""
     keys = set(row)
     if "messages" in keys or "conversations" in keys:
         return "messages" if "messages" in keys else "sharegpt"
@@ -42,10 +42,12 @@ def recognise(row: Mapping[str, Any]) -> str | None:
         return "alpaca"
     if "text" in keys and keys - {"text"} <= METADATA:
         return "text"
+    if not answer and ("prompt" in keys or "instruction" in keys):
+        return "prompt_completion" if "prompt" in keys else "alpaca"
     return None
 
 
-def row_format(row: Mapping[str, Any], spec: DataSpec, where: Where) -> str:
+def row_format(row: Mapping[str, Any], spec: DataSpec, where: Where, answer: bool = True) -> str:
     """The format this row is read as: the recipe's, or the one its keys show.
 
     Raises BadInput for rows of other methods and for keys that no format has.
@@ -68,7 +70,7 @@ def row_format(row: Mapping[str, Any], spec: DataSpec, where: Where) -> str:
                 )
             ]
         )
-    found = recognise(row)
+    found = recognise(row, answer)
     if found is None:
         hint = _key_hint(row)
         raise BadInput(
@@ -98,7 +100,7 @@ def parse_row(
 
     Raises BadInput with every problem of the row, each with file and line.
     """
-    kind = row_format(row, spec, where)
+    kind = row_format(row, spec, where, answer)
     if kind == "columns":
         conversation, problems = read_columns(row, spec, labels, answer)
     else:

@@ -154,20 +154,23 @@ def _prefix_groups(ids: Sequence[np.ndarray], limits: Sequence[int]) -> list[tup
     are neighbours, so the best partition into neighbouring groups is found by dynamic programming.
     """
     order = sorted(range(len(ids)), key=lambda i: ids[i].tobytes())
-    shared = [0] + [_common_prefix(ids[a], ids[b]) for a, b in zip(order, order[1:], strict=False)]
-    best = [0]  # tokens saved among the first k of the order
+    limit = np.asarray(limits)[order]
+    # pair[k]: tokens that k and k + 1 of the order may share, as far as k's own limit goes
+    pair = np.asarray([_common_prefix(ids[a], ids[b]) for a, b in zip(order, order[1:], strict=False)], np.int64)
+    pair = np.minimum(pair, limit[:-1])
+    best = np.zeros(len(order) + 1, np.int64)  # tokens saved among the first k of the order
     choice: list[tuple[int, int]] = []  # (start of the last group, its prefix length)
     for end in range(1, len(order) + 1):
-        saved, start, prefix = best[end - 1], end - 1, 0
-        common = limits[order[end - 1]]
-        for first in range(end - 2, -1, -1):
-            common = min(common, shared[first + 1], limits[order[first]])
-            if common < MIN_SHARED_PREFIX:
-                break
-            total = best[first] + (end - first - 1) * common
-            if total > saved:
-                saved, start, prefix = total, first, common
-        best.append(saved)
+        best[end] = best[end - 1]
+        start, prefix = end - 1, 0
+        # common[j]: prefix length of the group that begins at end - 2 - j
+        common = np.minimum(np.minimum.accumulate(pair[: end - 1][::-1]), limit[end - 1])
+        common = common[common >= MIN_SHARED_PREFIX]
+        if len(common):
+            totals = best[: end - 1][::-1][: len(common)] + np.arange(1, len(common) + 1) * common
+            j = int(totals.argmax())
+            if totals[j] > best[end]:
+                best[end], start, prefix = totals[j], end - 2 - j, int(common[j])
         choice.append((start, prefix))
     groups, end = [], len(order)
     while end:
