@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -73,6 +74,7 @@ app.add_typer(components.models, name="models", short_help="Models with a short 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code; what the user can put right is printed without a traceback."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' too: progress has one display
     argv = list(sys.argv[1:] if arguments is None else arguments)
     try:
         return _run(argv)
@@ -83,23 +85,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\ninterrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # The reader of the output has gone (`shikomi runs | head`): nothing is left to say, and nobody to say it to.
-        sys.stdout = None  # type: ignore[assignment]
+        # The reader has gone (`shikomi recipe | head`). What is still buffered goes nowhere, also at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
 
 def _run(argv: list[str]) -> int:
     usage_error = typer.BadParameter.__mro__[1]  # UsageError, which typer does not export under a name of its own
     assert issubclass(usage_error, Exception)
+    command = typer.main.get_command(app)
     try:
-        code = typer.main.get_command(app).main(args=argv, prog_name="shikomi", standalone_mode=False)
+        with command.make_context("shikomi", argv) as context:
+            command.invoke(context)
+    except typer.Exit as error:
+        return error.exit_code
     except typer.Abort as error:
         raise KeyboardInterrupt from error
     except usage_error as error:
         error.show()  # type: ignore[attr-defined]
         return error.exit_code  # type: ignore[attr-defined]
     sys.stdout.flush()
-    return code if isinstance(code, int) else 0
+    return 0
 
 
 if __name__ == "__main__":

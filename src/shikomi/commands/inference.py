@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shikomi.commands.output import Device, Dtype, Json, Revision, TokenEnv, emit, short_path, show, showing, split_list
+from shikomi.commands.output import Device, Dtype, Json, Revision, TokenEnv, emit, show, showing, split_list
 from shikomi.errors import BadInput, Problem
 from shikomi.progress import Progress
 
@@ -190,7 +190,10 @@ def evaluate(
         return
     from shikomi.evaluate.tables import evaluation_table
 
-    show(evaluation_table({short_path(Path(model)): found}, f"{found['n']:,} rows of {file} (95% intervals)"))
+    print(f"{found['n']:,} rows of {file} (95% intervals)")
+    show(evaluation_table({model: found}))
+    for note in found["notes"]:
+        print(f"note: {note}")
 
 
 def merge(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -129,8 +130,7 @@ def resumable(folder: Path, again: str) -> Iterator[None]:
     try:
         yield
     except (Stopped, NonFinite, TryAgain) as error:
-        if "shikomi resume" not in error.message:
-            error.message += f"\n  go on:   {go_on()}"
+        error.message += f"\n  go on:   {go_on()}"
         raise
     except KeyboardInterrupt as error:
         raise Stopped(f"interrupted\n  go on:   {go_on()}", EXIT_INTERRUPTED) from error
@@ -167,12 +167,22 @@ def _recipe_for(data: Path, model: str, overrides: list[str], progress: Progress
 
 
 def _show_dry_run(found: Mapping[str, Any]) -> None:
-    for key, value in found.items():
-        if isinstance(value, str) and "\n" in value:
-            print(f"{key.replace('_', ' ')}:\n{value}\n")
-        else:
-            shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value
-            print(f"{key.replace('_', ' ') + ':':<24}{shown}")
+    trained, total = found["trainable_parameters"], found["total_parameters"]
+    print(f"model      {found['model']}, {total:,} parameters")
+    print(f"adapter    {found['adapter']}: {trained:,} parameters are trained")
+    print(f"memory     at least {size(found['memory_bound_bytes'])}")
+    for stage in found.get("stages", [found]):  # a run of one stage is not nested
+        share = 100 * stage["trained_tokens"] / max(1, stage["tokens"])
+        cut = f", {stage['truncated']:,} of them cut" if stage["truncated"] else ""
+        print(f"\nstage {stage['name']}")
+        print(f"  rows     {stage['rows']:,}{cut}; the longest has {stage['longest']:,} tokens")
+        print(f"  tokens   {stage['tokens']:,} a pass, {stage['trained_tokens']:,} of them trained ({share:.1f}%)")
+        print(f"  steps    {stage['steps']:,}, {stage['steps_per_epoch']:,} a pass")
+        micro = f"{stage['micro_batches']} micro-batches of at most {stage['micro_batch_tokens']:,} tokens"
+        print(f"  batch    {stage['batch_size']} rows a step, the first in {micro}")
+        print("  the first row, with what is trained in double brackets:")
+        print(textwrap.indent(stage["first_example"], "    | ", lambda line: True))
+    print(f"\nnothing was written; to train into {short_path(Path(found['output_dir']))}, leave --dry-run out")
 
 
 def show_result(folder: Path, values: Mapping[str, Any]) -> None:
