@@ -17,7 +17,8 @@ def write_rows(path, rows):
 
 @pytest.mark.parametrize(
     "file",
-    ["sections/train.jsonl", "summaries/train.jsonl", "columns/packages.csv", "messages/packages.jsonl", "text/train.jsonl"],
+    [f"{name}/train.jsonl" for name in ("sections", "summaries", "text")]
+    + ["columns/packages.csv", "messages/packages.jsonl"],
 )
 def test_the_recipe_of_every_example_loads(examples, file):
     made = starter(examples / file, "smollm2")

@@ -3,16 +3,19 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from shikomi.data.detect import Detected, detect
-from shikomi.data.sources import SPLIT_NAMES
+from shikomi.data.sources import SPLIT_NAMES, rows
+from shikomi.recipe import Source
 from shikomi.recipe.template import starter_recipe
 
 CHARACTERS_PER_TOKEN = 4.0
 TOKENS_PER_TURN = 25  # what a chat template adds to a row
 TOKENS_OWN = 10  # of these, what is not the same beginning in every row: that is computed once for many rows
 VALIDATION_SHARE = 0.1
+ROWS_MEASURED = 1000
 FEW_ROWS = 50  # below, splitting some off leaves too few to say anything
 
 
@@ -65,14 +68,15 @@ def starter(file: Path, model: str, seconds_of: Callable[[int], float | None] | 
 
 
 def estimated_tokens(found: Detected) -> int:
-    """Tokens of one pass over all rows, from the characters of the first rows."""
+    """Tokens of one pass over all rows, from their characters."""
     instruction = len(found.prompt or "") + len(", ".join(found.labels or ()))
     return round(found.rows * (_own_tokens(found) + instruction / CHARACTERS_PER_TOKEN + TOKENS_PER_TURN))
 
 
 def _own_tokens(found: Detected) -> int:
     """Tokens of a row's own text, without instruction and chat template."""
-    used = [json.dumps(_used(found, row), ensure_ascii=False) for row in found.sample]
+    some = [row.data for row in islice(rows(Source(path=found.path)), ROWS_MEASURED)]
+    used = [json.dumps(_used(found, row), ensure_ascii=False) for row in some]
     return round(sum(map(len, used)) / len(used) / CHARACTERS_PER_TOKEN)
 
 
@@ -121,13 +125,13 @@ def _other_splits(file: Path) -> tuple[Path | None, Path | None]:
 
 def _reasons(found: Detected) -> dict[str, str]:
     """The detector's sentences, each at the key it explains."""
-    rows = f"{'more than ' if found.at_least else ''}{found.rows:,} rows"
+    count = f"{'more than ' if found.at_least else ''}{found.rows:,} rows"
     if found.format != "columns":
         first, *labels = found.reasons
-        reasons = {"train": f"{rows}; {first}"}
+        reasons = {"train": f"{count}; {first}"}
     else:
         completion, prompt, *labels = found.reasons
-        reasons = {"train": rows, "prompt": f"{prompt}; change the wording to say your task", "completion": completion}
+        reasons = {"train": count, "prompt": f"{prompt}; change the wording to say your task", "completion": completion}
     if found.labels and labels:
         reasons["labels"] = labels[0]
     epochs = "few rows: several passes" if found.rows < 2000 and not found.at_least else "many rows: one pass is enough"
