@@ -74,7 +74,7 @@ app.add_typer(components.models, name="models", short_help="Models with a short 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code; what the user can put right is printed without a traceback."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' too: progress has one display
+    _set_environment()
     argv = list(sys.argv[1:] if arguments is None else arguments)
     try:
         return _run(argv)
@@ -88,6 +88,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader has gone (`shikomi recipe | head`). What is still buffered goes nowhere, also at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _set_environment() -> None:
+    """What torch and transformers read when they are imported, which happens later."""
+    os.environ["OMP_DYNAMIC"] = "FALSE"  # TRUE has given NaN
+    # Threads that spin while they wait made everything 4 times slower beside one other busy process, and nothing faster
+    # on an idle machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' too: progress has one display
 
 
 def _run(argv: list[str]) -> int:

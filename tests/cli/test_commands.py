@@ -1,6 +1,7 @@
 """The command line from outside: help, usage, errors, exit codes, JSON; the engine is replaced by fakes."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -217,6 +218,16 @@ def test_list_names_components_without_torch():
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.stdout.splitlines()[-1] == "False"
     assert "lora" in done.stdout and "sft" in done.stdout and "macro_f1" in done.stdout
+
+
+def test_torch_starts_with_threads_that_do_not_spin():
+    program = (
+        "import os, sys; from shikomi.cli import main; main(['--version'])\n"
+        "print('torch' in sys.modules, os.environ['OMP_WAIT_POLICY'], os.environ['OMP_DYNAMIC'])"
+    )
+    clean = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"} | {"OMP_DYNAMIC": "TRUE"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, env=clean)
+    assert done.stdout.splitlines()[-1] == "False PASSIVE FALSE"
 
 
 def test_list_shows_the_options_of_one(capsys):
