@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,23 +24,24 @@ not seen. It all runs on this machine; the first time, the model is fetched and 
 """
 
 
-def demo_recipe(output: Path) -> Recipe:
+def demo_recipe(output: Path, overrides: Sequence[str] = ()) -> Recipe:
     """The demo's recipe, reading the rows that come with the package."""
     from shikomi.recipe import parse_recipe
 
     folder = Path(str(files("shikomi") / "examples"))
     text = (folder / "demo.yaml").read_text(encoding="utf-8")
     quoted = str(folder).replace("'", "''")  # inside YAML's single quotes
-    return parse_recipe(text.replace("'examples/", f"'{quoted}/"), "demo", [f"output_dir={_yaml_text(output)}"])
+    text = text.replace("'examples/", f"'{quoted}/")
+    return parse_recipe(text, "demo", [f"output_dir={_yaml_text(output)}", *overrides])
 
 
 def _yaml_text(path: Path) -> str:
     return "'" + str(path.absolute()).replace("'", "''") + "'"
 
 
-def run_demo(output: Path, text: str | None, force: bool, progress: Progress) -> None:
+def run_demo(output: Path, overrides: Sequence[str], text: str | None, force: bool, progress: Progress) -> None:
     """Train (or show again what is there), compare, and use it on a text."""
-    recipe = demo_recipe(output)
+    recipe = demo_recipe(output, overrides)
     if force:
         _clear(recipe.output_dir)
     assert recipe.evaluate is not None
@@ -50,8 +51,7 @@ def run_demo(output: Path, text: str | None, force: bool, progress: Progress) ->
     from shikomi.checkpoint.rundir import RunDir
     from shikomi.commands.training import resumable
 
-    again = command_line("demo", "--output", recipe.output_dir)
-    with resumable(recipe.output_dir, again):
+    with resumable(None, command_line("demo", "--output", recipe.output_dir)):  # it goes on, and shows the rest
         if RunDir(recipe.output_dir).is_finished():
             progress.note(f"{short_path(recipe.output_dir)} is finished already; --force trains it anew\n")
             result = run.resume(recipe.output_dir, (), progress)

@@ -51,11 +51,14 @@ trained model on the same held-back rows, and uses it on a text of yours. A few 
 Examples:
   shikomi demo
   shikomi demo --text "A chess program that can be played over the network"
-  shikomi demo -o runs/another-demo
+  shikomi demo -o runs/longer num_train_epochs=2
 """
 
 
 def demo(
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Keys of its recipe to change.")
+    ] = None,
     text: Annotated[str | None, typer.Option(help="A text of your own to classify at the end.")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the run.")] = Path("runs/demo"),
     force: Annotated[bool, typer.Option(help="Train anew where this demo is already finished.")] = False,
@@ -64,7 +67,7 @@ def demo(
     from shikomi.commands.demo import run_demo
 
     with showing() as progress:
-        run_demo(output, text, force, progress)
+        run_demo(output, overrides or (), text, force, progress)
 
 
 def train(
@@ -121,11 +124,16 @@ def resume(
 
 
 @contextmanager
-def resumable(folder: Path, again: str) -> Iterator[None]:
-    """Adds the exact command that goes on to what stopped a run; an interrupt becomes Stopped."""
+def resumable(folder: Path | None, again: str) -> Iterator[None]:
+    """Adds the exact command that goes on to what stopped a run; an interrupt becomes Stopped.
+
+    That is `shikomi resume` where a run was started in `folder`, else `again`.
+    """
 
     def go_on() -> str:
-        return command_line("resume", folder) if (folder / "run.json").is_file() else again
+        if folder is not None and (folder / "run.json").is_file():
+            return command_line("resume", folder)
+        return again
 
     try:
         yield
