@@ -10,7 +10,7 @@ export OMP_DYNAMIC = FALSE
 export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: setup demo test check bench clean
+.PHONY: setup demo test check bench docs clean
 
 setup: $(STAMP)
 
@@ -36,6 +36,10 @@ bench: setup
 	$(PY) benchmarks/cli_help.py
 	$(PY) benchmarks/memory.py
 	$(PY) benchmarks/sft.py
+
+# The generated pages of the guide; a test says when they are behind the source.
+docs: setup
+	$(PY) docs/generate.py
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
