@@ -90,7 +90,13 @@ def test_version(capsys):
 
 
 @pytest.mark.parametrize(
-    "words, said", [(["trian"], "'train'"), (["train", "--blah"], "--blah"), (["generate"], "MODEL")]
+    "words, said",
+    [
+        (["trian"], "'train'"),
+        (["train", "--blah"], "--blah"),
+        (["generate"], "MODEL"),
+        (["chat", "x", "--dtype", "bf61"], "bf16"),
+    ],
 )
 def test_usage_errors_exit_2_without_a_traceback(words, said, capsys):
     assert main(words) == 2

@@ -122,6 +122,8 @@ def test_predict_answers_every_row_and_never_overwrites(place, capsys):
         assert row["prediction"] == max(row["probabilities"], key=row["probabilities"].get)
     assert main(["predict", "runs/my", "new.csv", "-o", "answers.jsonl"]) == 2
     assert "--force" in capsys.readouterr().err
+    assert main(["predict", "runs/my", "missing.csv", "-o", "none.jsonl"]) == 2
+    assert not list(place.glob("none.jsonl*"))
 
 
 def test_eval_of_the_run_is_what_the_run_measured(place, capsys):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shikomi.commands.output import Device, Dtype, Json, Revision, TokenEnv, emit, show, showing, split_list
+from shikomi.commands.output import Device, Dtype, Json, Revision, TokenEnv, emit, one_of, show, showing, split_list
 from shikomi.errors import BadInput, Problem
 from shikomi.progress import Progress
 
@@ -124,12 +124,15 @@ def predict(
         ready = _open(model, revision, token_env, dtype, device, progress)
         count = 0
         partial = output.with_name(output.name + ".partial")
-        with partial.open("w", encoding="utf-8") as out:
-            answered = ready.predict(file, prompt, max_new_tokens=max_new_tokens, limit=limit, progress=progress)
-            for row in answered:
-                out.write(json.dumps(row, ensure_ascii=False) + "\n")
-                count += 1
-        partial.replace(output)
+        try:
+            with partial.open("w", encoding="utf-8") as out:
+                answered = ready.predict(file, prompt, max_new_tokens=max_new_tokens, limit=limit, progress=progress)
+                for row in answered:
+                    out.write(json.dumps(row, ensure_ascii=False) + "\n")
+                    count += 1
+            partial.replace(output)
+        finally:
+            partial.unlink(missing_ok=True)
     emit({"model": model, "rows": count, "output": output}) if as_json else print(f"{count:,} rows: {output}")
 
 
@@ -199,7 +202,13 @@ def evaluate(
 def merge(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run, or a PEFT adapter folder.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The new folder.")],
-    dtype: Annotated[str, typer.Option(help="Numbers of the merged weights: auto, bf16 or fp32.")] = "auto",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            callback=one_of("auto", "fp32", "bf16", "bf16-stochastic"),
+            help="Numbers of the merged weights: auto, fp32, bf16, or bf16-stochastic (rounded up or down by chance).",
+        ),
+    ] = "auto",
     as_json: Json = False,
 ) -> None:
     """Refuses a folder that is not empty."""

@@ -6,14 +6,14 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shikomi.errors import BadInput, Problem, ShikomiError
+from shikomi.errors import BadInput, Problem, ShikomiError, nearest
 from shikomi.progress import Progress, make
 
 if TYPE_CHECKING:
@@ -29,9 +29,27 @@ Exit codes:
   143  stopped by SIGTERM; a training run has finished its step and saved
 """
 
+
+
+def one_of(*choices: str) -> Callable[[str], str]:
+    """A check of an option's value, for typer."""
+
+    def check(value: str) -> str:
+        if value not in choices:
+            close = nearest(value, choices)
+            raise typer.BadParameter(f"{value!r}; choose from {', '.join(choices)}" + (f" ({close}?)" if close else ""))
+        return value
+
+    return check
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
-Dtype = Annotated[str, typer.Option(help="Arithmetic: auto, bf16, fp16 or fp32.")]
-Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda or mps.")]
+Dtype = Annotated[
+    str, typer.Option(callback=one_of("auto", "bf16", "fp16", "fp32"), help="Arithmetic: auto, bf16, fp16 or fp32.")
+]
+Device = Annotated[
+    str, typer.Option(callback=one_of("auto", "cpu", "cuda", "mps"), help="Where to compute: auto, cpu, cuda or mps.")
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
 TokenEnv = Annotated[str | None, typer.Option(help="Environment variable that holds the hub token; else HF_TOKEN.")]
 
