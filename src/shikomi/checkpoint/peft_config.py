@@ -124,7 +124,7 @@ def _config_problems(raw: Mapping[str, Any], file: str) -> list[Problem]:
     if task not in (None, "CAUSAL_LM"):
         problems.append(Problem("an adapter for another task", file, None, f"task_type {task!r}", "CAUSAL_LM"))
     for key in _OTHER_FUNCTION:
-        if raw.get(key) not in (None, False, DEFAULTS[key]):
+        if raw.get(key) not in (None, False, [], {}, DEFAULTS[key]):
             found = f"{key}={raw[key]!r}"
             problems.append(Problem("a variant of LoRA that is not supported", file, None, found, None, merge))
     if start not in _KEEPS_BASE:

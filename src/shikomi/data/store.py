@@ -1,4 +1,4 @@
-"""The token cache: tokenised rows in memory-mapped files, made once per data, tokenizer, template and options."""
+"""The token cache: tokenised rows in flat files, made once per data, tokenizer, template and options."""
 
 from __future__ import annotations
 
@@ -49,6 +49,7 @@ class TokenStore:
     """
 
     fingerprint: str
+    folder: Path
     report: Report
     files: list[str]
     weights: np.ndarray | None
@@ -104,6 +105,7 @@ class TokenStore:
         weights = np.asarray([source.weight for source in sources], np.float64)[arrays["source"]]
         return cls(
             fingerprint=folder.name,
+            folder=folder,
             report=Report(**meta["report"]),
             files=meta["files"],
             weights=None if (weights == 1).all() else weights,
@@ -116,8 +118,14 @@ class TokenStore:
     def __getitem__(self, index: int) -> Example:
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
-        start, end = self._arrays["offsets"][index : index + 2]
-        return Example(self._arrays["ids"][start:end], self._arrays["mask"][start:end], int(index))
+        start, end = (int(offset) for offset in self._arrays["offsets"][index : index + 2])
+        return Example(self._read("ids", start, end), self._read("mask", start, end), int(index))
+
+    def _read(self, name: str, start: int, end: int) -> np.ndarray:
+        """Values start..end of a file. Read, not mapped: pages of a map count as this process's memory and stay."""
+        dtype = np.dtype(_ARRAYS[name])
+        path = self.folder / f"{name}.bin"
+        return np.fromfile(path, dtype, count=end - start, offset=start * dtype.itemsize)
 
     def __iter__(self) -> Iterator[Example]:
         return (self[i] for i in range(len(self)))
