@@ -148,4 +148,3 @@ def get_model(alias: Annotated[str, typer.Argument(help="The short name.")], as_
 
         folder = catalog.get(alias, progress)
     emit({"name": alias, "folder": folder}) if as_json else print(folder)
-

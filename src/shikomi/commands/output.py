@@ -30,7 +30,6 @@ Exit codes:
 """
 
 
-
 def one_of(*choices: str) -> Callable[[str], str]:
     """A check of an option's value, for typer."""
 
