@@ -9,10 +9,16 @@ model = shikomi.open_model(run.output_dir)
 print(model.generate("Hello"))
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+# Before torch starts its threads: OMP_DYNAMIC has given NaN, and busy-waiting threads make two processes on the same
+# cores many times slower than one.
+os.environ["OMP_DYNAMIC"] = "FALSE"
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:
     from shikomi.errors import BadInput as BadInput

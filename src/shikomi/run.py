@@ -4,6 +4,7 @@
 """
 
 import copy
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -157,7 +158,8 @@ def _execute(recipe: Recipe, prepared: Prepared, rundir: RunDir, progress: Progr
             if index >= state.stage:
                 _stage(lm, recipe, stage, prepared, rundir, state, found, writers, progress)
     except Stopped as stopped:
-        raise Stopped(f"{stopped.message}; continue with: shikomi resume {rundir.path}", stopped.exit_code) from None
+        again = f"shikomi resume {shlex.quote(str(rundir.path))}"
+        raise Stopped(f"{stopped.message}; continue with: {again}", stopped.exit_code) from None
     finally:
         for writer in writers:
             writer.close()
@@ -181,9 +183,13 @@ def _baselines(lm: LanguageModel, recipe: Recipe, prepared: Prepared, progress: 
     if prepared.test is None or recipe.evaluate is None:
         return {}
     with lm.adapter_off():
-        return evaluate_baselines(
+        found = evaluate_baselines(
             lm, prepared.test, prepared.train_rows(), recipe.evaluate.baselines, recipe.evaluate.shots, progress
         )
+    for name, evaluation in found.items():
+        scores = ", ".join(f"{metric} {m['value']:.3g}" for metric, m in evaluation.measurements.items())
+        progress.note(f"{name}: {scores}")
+    return found
 
 
 def _restore(lm: LanguageModel, rundir: RunDir, prepared: Prepared, progress: Progress) -> tuple[State, Found]:

@@ -149,19 +149,19 @@ def test_out_of_memory_halves_the_micro_batch_once(tiny_llama, rows, tmp_path, m
     score = LanguageModel.score
 
     def small(self, packed):
-        if len(packed.ids) > 70:
+        if len(packed.ids) > 300:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
         return score(self, packed)
 
     monkeypatch.setattr(LanguageModel, "score", small)
-    train(tiny_recipe(tiny_llama, rows, tmp_path / "run", micro_batch_tokens=128, share_prefix=False))
-    assert "128 -> 64" in (tmp_path / "run" / "log.txt").read_text()
+    train(tiny_recipe(tiny_llama, rows, tmp_path / "run", micro_batch_tokens=512, share_prefix=False, batch_size=8))
+    assert "512 -> 256" in (tmp_path / "run" / "log.txt").read_text()
     state = json.loads(sorted((tmp_path / "run" / "checkpoints").iterdir())[-1].joinpath("state.json").read_text())
-    assert state["micro_batch_tokens"] == 64
+    assert state["micro_batch_tokens"] == 256
     with pytest.raises(TryAgain, match="micro_batch_tokens"):
         train(
             tiny_recipe(
-                tiny_llama, rows, tmp_path / "other", micro_batch_tokens=1024, share_prefix=False, batch_size=32
+                tiny_llama, rows, tmp_path / "other", micro_batch_tokens=2048, share_prefix=False, batch_size=32
             )
         )
 

@@ -35,7 +35,7 @@ SPECS: dict[str, dict] = {
         "layer_types": ["sliding_attention", "full_attention"],
     },
     "phi3": SMALL | {"sliding_window": 6},
-    "gpt2": dict(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2),
+    "gpt2": dict(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=256, eos_token_id=2),
     "gpt_neox": SMALL
     | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}},
     "mixtral": SMALL | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},

@@ -183,7 +183,8 @@ class Recipe(Part):
         default=1024, ge=8, le=1_000_000, description="Longest example in tokens; longer ones are cut and counted."
     )
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
-        default="auto", description="Arithmetic of the base model; adapters keep fp32 masters."
+        default="auto",
+        description="How the base is stored; arithmetic is fp32 where the CPU has no bf16 units.",
     )
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(default="auto", description="Where to train.")
     seed: int = Field(default=0, ge=0, le=2**32 - 1, description="Seed of initialisation, order and dropout.")

@@ -2,7 +2,7 @@
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -112,8 +112,12 @@ def prepare(recipe: Recipe, progress: Progress) -> Prepared:
     labels = _labels(recipe)
     stages = tuple(_stage(recipe, stage, tokenizer, labels, progress) for stage in recipe.stages)
     test = None
-    if recipe.data.test is not None and recipe.evaluate is not None:
+    if recipe.evaluate is not None and recipe.data.test is not None:
         test = _test(recipe, stages[0].encoder, labels)
+    elif recipe.evaluate is not None and stages[-1].validation is not None:
+        progress.note("no data.test: the comparison is on the validation rows")
+        held_back = sample_rows(stages[-1].validation.rows, recipe.evaluate.limit, recipe.seed)
+        test = replace(stages[-1].validation, rows=held_back, metrics=choose_metrics(recipe.evaluate.metrics, labels))
     prints = {
         f"{i}.{role}.{s.path}": fingerprint(s, role)
         for i, stage in enumerate(recipe.stages)
@@ -151,7 +155,7 @@ def _labels(recipe: Recipe) -> tuple[str, ...] | None:
     needs = any(kind.needs == "labels" for kind in kinds)
     if needs:
         return labels_of(data)
-    if recipe.evaluate is not None and not recipe.evaluate.metrics and data.test is not None:
+    if recipe.evaluate is not None and not recipe.evaluate.metrics:
         found = labels_of(data)
         return found if 2 <= len(found) <= FEW_LABELS else None
     return None
@@ -200,8 +204,8 @@ def _split(recipe: Recipe, spec: DataSpec) -> tuple[Split | None, Split | None]:
     """Training and validation side where the recipe asks for a share of the training rows."""
     if not isinstance(spec.validation, float):
         return None, None
-    items = load_conversations(spec.train, spec, None, "train")
-    return split_rows((item.conversation for item in items), spec.validation, recipe.seed)
+    scan = Scan(spec.train, spec, template_labels(spec, None), "train")
+    return split_rows(scan.conversations(), spec.validation, recipe.seed)
 
 
 def _test(recipe: Recipe, encoder: Encoder, labels: tuple[str, ...] | None) -> Task:
