@@ -25,7 +25,7 @@ demo: setup
 	$(VENV)/bin/shikomi demo
 
 test: setup
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2
 
 check: setup
 	$(VENV)/bin/ruff check .
