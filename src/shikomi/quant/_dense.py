@@ -114,7 +114,8 @@ def stack(linears: Sequence[Linear]) -> None:
     """Lays the weights of linears that read the same input one after the other in memory, so that `compute` and
     `gradients` need one matrix product for all of them. The parameters stay what they were, as views."""
     weights = [linear.base.weight for linear in linears]
-    if len({w.dtype for w in weights}) > 1 or any(linear.base.transposed for linear in linears):
+    widened = any(linear.base.dtype != linear.base.weight.dtype for linear in linears)  # copied at each use anyway
+    if widened or len({w.dtype for w in weights}) > 1 or any(linear.base.transposed for linear in linears):
         return
     together = torch.cat([w.detach() for w in weights])
     for weight, part in zip(weights, together.split([w.shape[0] for w in weights]), strict=True):
