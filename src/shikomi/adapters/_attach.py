@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -286,8 +285,3 @@ def keyed(attached: Attached, key: int | None) -> None:
     for index, module in enumerate(attached.lora.values()):
         if isinstance(module, LoraLinear):
             module.key = None if key is None else (key * 1_000_003 + index) % (1 << 63)
-
-
-def bytes_on_disk(parameters: dict[str, nn.Parameter], dtype: torch.dtype) -> int:
-    """Size of the adapter file in bytes, without its header."""
-    return sum(math.prod(p.shape) for p in parameters.values()) * dtype.itemsize

@@ -40,8 +40,8 @@ def load_model(
         adapter, note = _with_embeddings(model, adapter)
         notes.append(note)
     lm = wrap(model, tokenizer, adapter, dtypes, where, seed)
-    lm.notes = notes + lm.notes
     choose_path(lm, max_length)
+    lm.notes = notes + lm.notes
     return lm
 
 

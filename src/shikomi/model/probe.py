@@ -64,7 +64,9 @@ def choose_path(lm: LanguageModel, max_length: int) -> None:
             except (ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:
                 failure = f"{type(error).__name__}: {error}"
             if failure is None:
-                lm.path_reason = f"not fused: {refused}" if refused else ""
+                lm.path_reason = f"not fused: {refused}" if refused else "; ".join(reasons)
+                if reasons:  # layers that should be fused and are not: said, never silent
+                    lm.notes.append(f"slower path: {lm.path_reason}")
                 return
             reasons.append(f"{path}: {failure}")
     lm.path, lm.blocks = "separate", None

@@ -132,7 +132,8 @@ def _stacked(linears: Sequence[Linear]) -> Tensor:
     start = first.weight.data_ptr()
     adjacent = not first.transposed
     for weight in weights:
-        adjacent = adjacent and weight.data_ptr() == start and weight.dtype == first.weight.dtype
+        shared = weight.untyped_storage().data_ptr() == first.weight.untyped_storage().data_ptr()  # not just neighbours
+        adjacent = adjacent and shared and weight.data_ptr() == start and weight.dtype == first.weight.dtype
         start += weight.numel() * weight.element_size()
     if adjacent:
         return upcast(weights[0].as_strided((rows, first.in_features), (first.in_features, 1)), first.dtype)
