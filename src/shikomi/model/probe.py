@@ -51,7 +51,7 @@ def choose_path(lm: LanguageModel, max_length: int) -> None:
 
     Raises BadInput where even one sequence at a time gives other log-probabilities than the model's own head.
     """
-    reasons = []
+    reasons: list[str] = []
     why = _static_refusal(lm.config, type(lm.model), max_length)
     if why is None:
         refused = fused.refusal(lm.decoder) if _has_layers(lm) else "no list of layers"
