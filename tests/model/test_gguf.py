@@ -313,5 +313,4 @@ def test_memory_stays_near_one_tensor(tmp_path):
     command = [sys.executable, "-c", MEASURE, str(tmp_path / "big.gguf"), str(tmp_path / "out")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert (tmp_path / "out" / "model.safetensors").stat().st_size > 140e6
-    # 62 MB has been seen with two test processes at work; holding the whole model would take 150 MB or more
-    assert int(done.stdout) < 75e6
+    assert int(done.stdout) < 60e6
