@@ -147,6 +147,7 @@ def _write_weights(
             if tuple(values.shape) != shapes[name]:
                 raise unsupported(header, f"{name} is {tuple(values.shape)} there and {shapes[name]} in transformers")
             _write_bf16(values, out)
+            del values  # or it would live on while the next one is made
             progress.tick(done, len(plan), f"converting {header.path.name}, tensors")
         out.flush()
         os.fsync(out.fileno())

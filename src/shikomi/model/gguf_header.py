@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
-SLAB = 1 << 22  # numbers converted at a time: 16 MB of fp32
+SLAB = 1 << 18  # numbers converted at a time: 1 MB of fp32, so that temporaries stay far below a tensor
 LONGEST_ARRAY = 4096  # longer arrays are vocabularies: kept as their length
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY, _UINT32, _FLOAT32_TENSOR = 8, 9, 4, 0
