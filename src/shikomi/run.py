@@ -70,6 +70,7 @@ def resume(run: str | Path, overrides: Sequence[str] = (), progress: Progress | 
     progress = progress or Silent()
     rundir = RunDir(Path(run).absolute()).open()
     before = load_recipe(rundir.recipe_path)
+    rundir.check_recipe(dump_recipe(before), before.digest())  # a recipe.yaml that was edited by hand
     recipe = load_recipe(rundir.recipe_path, overrides)
     refused = refused_on_resume(before, recipe)
     if refused:

@@ -99,6 +99,14 @@ def test_a_damaged_newest_checkpoint_is_passed_over(tiny_llama, rows, tmp_path):
     assert final_bytes(tmp_path / "run") == whole
 
 
+def test_a_recipe_edited_in_the_run_is_refused_with_the_difference(tiny_llama, rows, tmp_path):
+    train(tiny_recipe(tiny_llama, rows, tmp_path / "run", max_steps=2))
+    recipe = tmp_path / "run" / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("batch_size: 4", "batch_size: 8"))
+    with pytest.raises(BadInput, match="batch_size: was 4, now 8"):
+        resume(tmp_path / "run", ["max_steps=4"])
+
+
 def test_two_writers_and_changed_data_are_refused(tiny_llama, rows, tmp_path):
     recipe = tiny_recipe(tiny_llama, rows, tmp_path / "run", max_steps=4, save_steps=2)
     with RunLock(tmp_path / "run"), pytest.raises(TryAgain):

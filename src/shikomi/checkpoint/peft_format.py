@@ -6,7 +6,7 @@ Tensor names are `base_model.model.<module path>.` and then `lora_A.weight` (r, 
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from shikomi.checkpoint.files import TEMPORARY, replace_file, saving
 from shikomi.checkpoint.peft_config import CONFIG, adapter_config, read_config
 from shikomi.checkpoint.tensors import read_safetensors, write_safetensors
-from shikomi.errors import BadInput, Problem, nearest
+from shikomi.errors import BadInput, Problem
 
 WEIGHTS, CARD = "adapter_model.safetensors", "README.md"
 PREFIX = "base_model.model."
@@ -132,42 +132,3 @@ def _no_weights(folder: Path) -> Problem:
             fix="load it with PEFT where you trust it, and save it again with `save_pretrained(folder)`",
         )
     return Problem(f"an adapter folder without {WEIGHTS}", str(folder), fix="copy or download it completely")
-
-
-def check_fits(
-    adapter: Adapter, shapes: Mapping[str, Sequence[int]], base_model_name: str, folder: Path
-) -> None:
-    """Raises BadInput, naming both bases, when an adapter's tensors do not belong to a base model.
-
-    shapes: of the base's own parameters, {"model.layers.0.self_attn.q_proj.weight": (out, in), ...}; a Conv1D's
-    (in, out) is understood too.
-    """
-    problems = []
-    for path in lora_modules(adapter.tensors):
-        pair = _pair(adapter.tensors, path)
-        if pair is not None:
-            problems += _misfit(f"{path}.weight", (pair[1].shape[0], pair[0].shape[1]), shapes, True)
-            if pair[0].shape[0] != pair[1].shape[1]:
-                problems.append(f"{path}: A has rank {pair[0].shape[0]}, B has {pair[1].shape[1]}")
-    for name, tensor in adapter.tensors.items():
-        if not _LORA.fullmatch(name):
-            parameter = name.removeprefix(PREFIX).replace(".base_layer.", ".")
-            # Rows are added to embeddings and heads for new tokens, so only the other sizes say which base it is.
-            problems += _misfit(parameter, tuple(tensor.shape), shapes, False)
-    if problems:
-        made_for = adapter.config["base_model_name_or_path"] or "a base it does not name"
-        shown = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
-        what = f"the adapter does not fit {base_model_name}"
-        fix = f"use the adapter with the model it was made for: {made_for}"
-        raise BadInput([Problem(what, str(folder), None, shown, None, fix)])
-
-
-def _misfit(
-    parameter: str, shape: tuple[int, ...], shapes: Mapping[str, Sequence[int]], is_lora: bool
-) -> list[str]:
-    if parameter not in shapes:
-        close = nearest(parameter, shapes)
-        return [f"no {parameter} there" + (f" (the nearest name is {close})" if close else "")]
-    there = tuple(shapes[parameter])
-    fits = sorted(shape) == sorted(there) if is_lora else shape[1:] == there[1:] and len(shape) == len(there)
-    return [] if fits else [f"{parameter} is {there} there, {shape} in the adapter"]

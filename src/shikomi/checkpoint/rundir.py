@@ -47,10 +47,6 @@ class RunDir:
         return self.path / "result.json"
 
     @property
-    def report_path(self) -> Path:
-        return self.path / "report.html"
-
-    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 

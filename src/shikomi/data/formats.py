@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 Where = tuple[str, int]
 """File and line (from 1) of a row."""
 
-FORMATS = ("text", "messages", "sharegpt", "alpaca", "prompt_completion", "columns")
-
 METADATA = frozenset({"id", "idx", "index", "uuid", "meta", "metadata", "source", "url", "timestamp", "date", "lang"})
 """Columns that may stand beside `text` without making it doubtful that the text alone is to be learned."""
 

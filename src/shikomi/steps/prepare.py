@@ -48,6 +48,7 @@ class StageData:
     steps: Steps
     total_steps: int
     validation: Task | None
+    side: Split | None  # of a validation split: which rows are trained
 
     @property
     def steps_per_epoch(self) -> int:
@@ -86,7 +87,8 @@ class Prepared:
     def train_rows(self) -> list[Conversation]:
         """Training rows as conversations, for the baselines that learn from them in the prompt."""
         data = self.recipe.data
-        scan = Scan(data.train, data, template_labels(data, self.labels), "train", _split(self.recipe, data)[0])
+        side = next((stage.side for stage in self.stages if stage.spec is data), None)
+        scan = Scan(data.train, data, template_labels(data, self.labels), "train", side)
         return [item.conversation for item in islice(scan, ROWS_FOR_SHOTS)]
 
     def summary(self) -> dict[str, Any]:
@@ -193,7 +195,8 @@ def _stage(
     elif stage.early_stopping_patience is not None or stage.load_best_model_at_end:
         key = "early_stopping_patience" if stage.early_stopping_patience is not None else "load_best_model_at_end"
         raise BadInput([Problem(f"{key} needs validation rows", fix="set data.validation: 0.05, or a file")])
-    return StageData(spec, encoder, store, steps, steps.total(stage.num_train_epochs, stage.max_steps), validation)
+    total = steps.total(stage.num_train_epochs, stage.max_steps)
+    return StageData(spec, encoder, store, steps, total, validation, train_side)
 
 
 def _order_seed(seed: int, stage: int) -> int:
