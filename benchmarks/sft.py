@@ -203,7 +203,7 @@ def side_by_side(model: Path, rows: Path, targets: str, rounds: int, scratch: Pa
         losses = compare(runs["shikomi"][turn], runs[f"TRL {BEST}"][turn])
     limits.append(sum(run([*gemm, "--dtype", BEST]).result["seconds"]))
     if BEST == "fp32":
-        runs[f"TRL bf16, {SLOW_ROWS} rows only"] = [peer(model, rows, adapter, "bf16", {}, SLOW_ROWS)]
+        runs[f"TRL bf16, {SLOW_ROWS} row only"] = [peer(model, rows, adapter, "bf16", {}, SLOW_ROWS)]
     return describe(targets, runs, steps, statistics.median(limits), losses)
 
 
