@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from shikomi.recipe import Recipe, dump_recipe, load_recipe, reference
-from shikomi.recipe.schema import Stage
+from shikomi.recipe.schema import OWN_KEYS, Stage
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -16,7 +16,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 # The order in which data flows: what is trained, on what, how, how it is judged, where it goes.
 LAST = ["stages", "evaluate", "save_dtype", "report_to", "output_dir"]
 FLOW = [key for key in Recipe.model_fields if key not in LAST]
-FLOW += [*(key for key in Stage.model_fields if key not in ("name", "data")), *LAST]
+FLOW += [*(key for key in Stage.model_fields if key not in (*OWN_KEYS, "data")), *LAST]
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +44,7 @@ def test_a_recipe_explains_itself_in_the_order_of_the_data_flow(path):
     text = path.read_text()
     assert text.startswith("# "), "the first line says what the recipe is for"
     keys = list(yaml.safe_load(text))
-    stage_order = [key for key in keys if key in Stage.model_fields and key != "data"]
+    stage_order = [key for key in keys if key in Stage.model_fields and key not in (*OWN_KEYS, "data")]
     outer = [key for key in keys if key not in stage_order]
     assert outer == sorted(outer, key=FLOW.index)
     first, last = keys.index(stage_order[0]), keys.index(stage_order[-1])
@@ -60,7 +60,8 @@ def test_generated_pages_are_current(name):
 def test_the_reference_has_every_key():
     keys = {row[0] for row in reference()}
     assert set(Recipe.model_fields) <= keys
-    assert set(Stage.model_fields) - {"name", "data"} <= keys
+    assert set(Stage.model_fields) - {*OWN_KEYS, "data"} <= keys
+    assert {f"stages.N.{key}" for key in OWN_KEYS} <= keys
 
 
 def documented_commands() -> set[str]:

@@ -16,7 +16,7 @@ SOURCE = ROOT / "src" / "shikomi"
 # The line from a recipe to a report. A stage imports itself and what stands to its left.
 STAGES = (
     *("errors", "registry", "progress", "recipe", "data", "quant", "adapters", "model", "objectives", "optim"),
-    *("metrics", "rewards", "train", "checkpoint", "evaluate", "plan", "steps", "run", "inference"),
+    *("metrics", "rewards", "train", "checkpoint", "evaluate", "plan", "steps", "run", "inference", "sweep"),
     *("__init__", "demo", "commands", "cli"),
 )
 ROOT_MODULES = {"errors", "registry", "progress"}  # these three may see each other

@@ -21,6 +21,7 @@ os.environ["OMP_DYNAMIC"] = "FALSE"
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:
+    from shikomi.checkpoint.combine import combine_adapters as combine_adapters
     from shikomi.errors import BadInput as BadInput
     from shikomi.errors import ShikomiError as ShikomiError
     from shikomi.inference import Ready as Ready
@@ -45,6 +46,7 @@ _HOMES = {
     "resume": "run",
     "train": "run",
     "Ready": "inference",
+    "combine_adapters": "checkpoint.combine",
     "merge": "inference",
     "open_model": "inference",
 }

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from shikomi import __version__
-from shikomi.commands import components, inference, inspection, recipes, training
+from shikomi.commands import components, inference, inspection, recipes, sweep, training
 from shikomi.commands.output import EXIT_CODES, print_error
 from shikomi.errors import EXIT_INTERRUPTED, ShikomiError
 
@@ -59,11 +59,13 @@ for name, command, about, in_short in (
     ("init", recipes.init, recipes.INIT, "Write a recipe for your data file."),
     ("train", training.train, training.TRAIN, "Train what a recipe says; compare with the base."),
     ("resume", training.resume, training.RESUME, "Go on with a run, bit for bit; or extend it."),
+    ("sweep", sweep.sweep, sweep.SWEEP, "Run a grid of settings; compare them in one table."),
     ("generate", inference.generate, inference.GENERATE, "The model's answer to one text."),
     ("predict", inference.predict, inference.PREDICT, "Answers for all rows of a file."),
     ("chat", inference.chat, inference.CHAT, "Talk with a model, and with its base beside it."),
     ("eval", inference.evaluate, inference.EVAL, "Score a model on a file, with intervals."),
     ("merge", inference.merge, inference.MERGE, "Write an adapter into its base model."),
+    ("combine", inference.combine, inference.COMBINE, "Make one adapter of several."),
     ("recipe", recipes.reference, recipes.REFERENCE, "What every key of a recipe means."),
     ("list", components.components, components.LIST, "What a recipe can name, and its options."),
 ):

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from shikomi.checkpoint.merge import merge as merge_adapter
-from shikomi.checkpoint.peft_format import load_adapter
 from shikomi.data.check import load_conversations, template_labels
 from shikomi.data.columns import column_templates
 from shikomi.data.conversation import Conversation
@@ -19,22 +18,66 @@ from shikomi.evaluate.labels import score_labels
 from shikomi.evaluate.run_eval import Task, choose_metrics, evaluate, sample_rows
 from shikomi.model.files import resolve
 from shikomi.model.language_model import LanguageModel
-from shikomi.model.load import load_model
 from shikomi.progress import Progress, Silent
-from shikomi.recipe import DataSpec, Recipe, Source, load_recipe
-from shikomi.steps.prepare import lora_of
+from shikomi.recipe import DataSpec, Recipe, Source
+from shikomi.steps.held import Held, open_held
 
 ROWS_AT_ONCE = 64  # rows answered together by `predict`
 
 
 @dataclass(frozen=True)
 class Ready:
-    """A loaded model with the way its rows become prompts. `recipe` and `labels` are those of a run, else None."""
+    """A loaded model with the way its rows become prompts.
 
-    lm: LanguageModel
-    encoder: Encoder
-    recipe: Recipe | None
-    labels: tuple[str, ...] | None
+    It can hold several adapters of its base, one of them in force; the one that it was opened with is called "default".
+    Each answers as it does when it is opened alone, and takes the memory of its own tensors only.
+    """
+
+    held: Held
+
+    @property
+    def lm(self) -> LanguageModel:
+        return self.held.lm
+
+    @property
+    def encoder(self) -> Encoder:
+        return self.held.part.encoder
+
+    @property
+    def recipe(self) -> Recipe | None:
+        """Of a run, else None."""
+        return self.held.part.recipe
+
+    @property
+    def labels(self) -> tuple[str, ...] | None:
+        """The label set of a run, else None."""
+        return self.held.part.labels
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the adapters that it holds."""
+        return self.held.names
+
+    @property
+    def active(self) -> str | None:
+        """The name of the adapter in force; None: the base."""
+        return self.held.active
+
+    def add_adapter(self, name: str, folder: str | Path) -> None:
+        """Loads another adapter of the same base (a run, an adapter folder, a hub id) beside those that are there.
+
+        The one in force stays so: see `use`. Raises BadInput for a name that is taken, for an adapter of another base
+        and for one that does not fit.
+        """
+        self.held.add(name, folder)
+
+    def use(self, name: str | None) -> None:
+        """Takes an adapter into force, or with None the base with its own chat template. Raises BadInput."""
+        self.held.use(name)
+
+    def remove(self, name: str) -> None:
+        """Forgets an adapter; where it is in force, the base is afterwards. Raises BadInput for an unknown name."""
+        self.held.remove(name)
 
     def base(self) -> contextlib.AbstractContextManager[None]:
         """Within: the untouched model answers."""
@@ -168,46 +211,11 @@ def open_model(
     Raises BadInput for what cannot be found or read.
     """
     progress = progress or Silent()
-    recipe, labels = _run_of(Path(name))
     files = resolve(str(name), revision, os.environ.get(token_env) if token_env else None, progress)
     for note in files.notes:
         progress.note(note)
-    adapter, tensors = None, None
-    if files.adapter is not None:
-        loaded = load_adapter(files.adapter)
-        adapter, tensors = lora_of(loaded.config), loaded.tensors
     progress.phase("loading the model")
-    own_tokenizer = files.adapter is not None and (files.adapter / "tokenizer.json").is_file()
-    lm = load_model(
-        str(files.folder),
-        adapter,
-        dtype,
-        device,
-        max_length=recipe.max_length if recipe else 1024,
-        tokenizer_folder=str(files.adapter) if own_tokenizer else None,
-    )
-    if tensors is not None and lm.attached is not None:
-        lm.attached.load(tensors, str(files.adapter))
-    lm.origin = files.origin
-    for parameter in lm.model.parameters():
-        parameter.requires_grad_(False)
-    chat, template = (recipe.chat, recipe.chat_template) if recipe else ("auto", None)
-    encoder = Encoder(
-        lm.tokenizer, chat, template, recipe.data.train_on if recipe else "all", recipe.max_length if recipe else None
-    )
-    lm.stop_ids = sorted({*lm.stop_ids, *encoder.stop_ids})
-    return Ready(lm, encoder, recipe, labels)
-
-
-def _run_of(path: Path) -> tuple[Recipe | None, tuple[str, ...] | None]:
-    """Recipe and label set of a run directory; of a folder that is none, nothing."""
-    if not (path / "run.json").is_file():
-        return None, None
-    from shikomi.checkpoint.rundir import RunDir
-
-    run = RunDir(path)
-    labels = (run.result().get("data") or {}).get("labels")
-    return load_recipe(run.recipe_path), tuple(labels) if labels else None
+    return Ready(open_held(name, files, dtype, device))
 
 
 def merge(run: str | Path, output: str | Path, dtype: str = "auto", progress: Progress | None = None) -> dict[str, Any]:

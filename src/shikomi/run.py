@@ -6,8 +6,9 @@
 import copy
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from shikomi.checkpoint.manifest import Found, checkpoint_folder, newest_valid, 
 from shikomi.checkpoint.rundir import RunDir
 from shikomi.errors import BadInput, Problem, Stopped
 from shikomi.evaluate.compare import comparison, evaluate_baselines
+from shikomi.evaluate.outcomes import write_outcomes
 from shikomi.evaluate.report import write_report
 from shikomi.evaluate.run_eval import Evaluation, evaluate
 from shikomi.model.language_model import LanguageModel
@@ -25,9 +27,11 @@ from shikomi.optim._schedule import warmup
 from shikomi.progress import Progress, Silent
 from shikomi.recipe import build, dump_recipe, load_recipe, refused_on_resume
 from shikomi.recipe.schema import Recipe, Stage
+from shikomi.steps.adapters import begin_stage, rebuild
 from shikomi.steps.finish import result, save_final, stage_result
 from shikomi.steps.hooks import RunHooks, restore_optimizer, restore_trained, restored_state
 from shikomi.steps.memory import choose_recompute, is_tight
+from shikomi.steps.preferences import failure, held_back_task, references
 from shikomi.steps.prepare import Prepared, StageData, build_model, prepare
 from shikomi.steps.writers import Writer, open_writers
 from shikomi.train.loop import Run, probe
@@ -104,7 +108,9 @@ def dry_run(recipe: Recipe, progress: Progress | None = None) -> dict[str, Any]:
     stages = []
     for stage, data in zip(recipe.stages, prepared.stages, strict=True):
         report = data.store.report
-        first = plan_step(data.examples(0), stage.micro_batch_tokens, stage.share_prefix)
+        needs = build("objectives", stage.objective).needs
+        how = (stage.micro_batch_tokens, stage.share_prefix, data.kind, needs, recipe.max_length)
+        first = plan_step(data.examples(0), *how)
         stages.append(
             {
                 "name": stage.name,
@@ -134,14 +140,23 @@ def dry_run(recipe: Recipe, progress: Progress | None = None) -> dict[str, Any]:
 
 
 def marked(data: StageData) -> str:
-    """The first row as text, what is trained between double brackets."""
-    example = data.store[0]
+    """The first row as text, what is trained between double brackets; each answer of a preference by itself."""
+    example, decode = data.store[0], data.encoder.tokenizer.decode
+    if data.kind == "conversations":
+        return brackets(decode, example.ids.tolist(), example.mask.tolist())
+    names = ("chosen", "rejected") if data.kind == "pairs" else ("desirable" if example.desirable else "undesirable",)
+    answers = zip(names, example.completions, strict=True)
+    shown = [f"{name}: {brackets(decode, answer.ids.tolist(), answer.mask.tolist())}" for name, answer in answers]
+    return "\n".join([decode(example.prompt.tolist()), *shown])
+
+
+def brackets(decode: Callable[[list[int]], str], ids: list[int], mask: list[bool]) -> str:
+    """Tokens as text, what is trained between double brackets."""
     pieces: list[tuple[list[int], bool]] = []
-    for token, trained in zip(example.ids.tolist(), example.mask.tolist(), strict=True):
+    for token, trained in zip(ids, mask, strict=True):
         if not pieces or pieces[-1][1] != trained:
             pieces.append(([], trained))
         pieces[-1][0].append(token)
-    decode = data.encoder.tokenizer.decode
     return "".join(f"[[{decode(ids)}]]" if trained else decode(ids) for ids, trained in pieces)
 
 
@@ -151,12 +166,18 @@ def _execute(recipe: Recipe, prepared: Prepared, rundir: RunDir, progress: Progr
     for line in (lm.parameter_line(), *lm.notes, *([f"slow path: {lm.path_reason}"] if lm.path == "separate" else [])):
         progress.note(line)
         rundir.log(line)
+    for stage in takewhile(lambda stage: stage.previous_adapter == "continue", recipe.stages):
+        _optimizer(lm, stage)  # one that cannot train this is refused before anything is computed
     baselines = _baselines(lm, recipe, prepared, progress)
-    state, found = _restore(lm, rundir, prepared, progress)
+    state, found = _restore(lm, recipe, rundir, prepared, progress)
+    restored = state.stage
     writers = open_writers(recipe.report_to, rundir.path, recipe.model_dump(mode="json"))
     try:
         for index, stage in enumerate(recipe.stages):
             if index >= state.stage:
+                if index > restored and (told := begin_stage(lm, recipe, index)):
+                    progress.note(told)
+                    rundir.log(told)
                 _stage(lm, recipe, stage, prepared, rundir, state, found, writers, progress)
     except Stopped as stopped:
         again = f"shikomi resume {shlex.quote(str(rundir.path))}"
@@ -168,7 +189,9 @@ def _execute(recipe: Recipe, prepared: Prepared, rundir: RunDir, progress: Progr
     save_final(lm, recipe, prepared.files, rundir.final, f"{recipe.adapter.name}, {state.global_step} steps")
     evaluation = None
     if prepared.test is not None:
-        evaluation = comparison(prepared.test, baselines, evaluate(lm, prepared.test, None, progress, "trained"))
+        trained = evaluate(lm, prepared.test, None, progress, "trained")
+        write_outcomes(rundir.path, prepared.test, trained)
+        evaluation = comparison(prepared.test, baselines, trained)
     seconds = time.perf_counter() - started
     planned = {"peak_memory_bytes": prepared.memory_bound}
     values = result(lm, recipe, state, seconds, prepared.summary(), planned, evaluation)
@@ -193,7 +216,9 @@ def _baselines(lm: LanguageModel, recipe: Recipe, prepared: Prepared, progress: 
     return found
 
 
-def _restore(lm: LanguageModel, rundir: RunDir, prepared: Prepared, progress: Progress) -> tuple[State, Found]:
+def _restore(
+    lm: LanguageModel, recipe: Recipe, rundir: RunDir, prepared: Prepared, progress: Progress
+) -> tuple[State, Found]:
     """State and parameters of the newest valid checkpoint, or a beginning."""
     found = newest_valid(rundir.checkpoints)
     for note in found.notes:
@@ -205,8 +230,9 @@ def _restore(lm: LanguageModel, rundir: RunDir, prepared: Prepared, progress: Pr
     for line in compare(read_manifest(found.folder)["fingerprint"], fingerprint(lm.device)):
         progress.note(f"this machine differs from the one that saved: {line}; bits may differ")
     rundir.truncate_metrics(found.state["step"])
-    restore_trained(lm, read_tensors(found.folder, "adapter"), found.folder)
-    state = restored_state(found.state)
+    state, saved = restored_state(found.state), read_tensors(found.folder, "adapter")
+    rebuild(lm, recipe, state.stage, saved)
+    restore_trained(lm, saved, found.folder)
     progress.note(f"resuming after step {state.global_step}")
     return state, found
 
@@ -224,39 +250,51 @@ def _stage(
 ) -> None:
     """Trains one stage to its end and leaves its result in stages/NN-name/."""
     data = prepared.stages[state.stage]
-    settings = stage_settings(stage, data, recipe.seed)
+    settings = stage_settings(stage, data, recipe.seed, recipe.max_length)
     before = copy.deepcopy(state)
     objective: Any = build("objectives", stage.objective)
-    optim: Any = build("optim", stage.optim)
-    optimizer = optim.build(lm.trainable(), stage.learning_rate, stage.weight_decay)
+    optimizer = _optimizer(lm, stage)
     if found.folder is not None and state.step:
         restore_optimizer(lm, optimizer, read_tensors(found.folder, "optimizer"))
     choose_recompute(lm, stage, state.micro_batch_tokens or settings.micro_batch_tokens)
-    hooks = RunHooks(lm, optimizer, rundir, stage, settings, state, data.encoder, data.validation, progress, writers)
-    run = Run(lm, objective, data.examples, optimizer, settings, state, hooks)
+    of_rows, of_held_back = references(lm, recipe, objective, prepared, rundir, state, progress)
+    validation = held_back_task(stage, data, objective, of_held_back, recipe.max_length) or data.validation
+    hooks = RunHooks(lm, optimizer, rundir, stage, settings, state, data.encoder, validation, progress, writers)
+    run = Run(lm, objective, data.examples, optimizer, settings, state, hooks, of_rows)
     if state.step < settings.total_steps:
         progress.start(settings.total_steps, stage.name)
         if state.step == 0:
             if is_tight(lm, settings.micro_batch_tokens):
                 progress.phase("probing memory with the longest micro-batch")
-                probe(run, data.largest(settings.micro_batch_tokens))
+                probe(run, data.largest(settings.micro_batch_tokens, settings.share_prefix))
         run_loop(run)
+        if told := failure([r for r in rundir.read_metrics()[0] if r.get("stage") == stage.name]):
+            hooks.note(told)
     if settings.keep_best and state.best_step is not None and state.best_step != state.global_step:
         best = checkpoint_folder(rundir.checkpoints, state.best_step)
         restore_trained(lm, read_tensors(best, "adapter"), best)
         hooks.note(f"the best checkpoint is of step {state.best_step}: {settings.metric} {state.best:.4g}")
-    if len(recipe.stages) > 1:
+    if len(recipe.stages) > 1 and not lm.rebased:
         save_final(lm, recipe, prepared.files, rundir.stage(state.stage + 1, stage.name), stage.objective.name)
-    state.finished_stages.append(stage_result(stage.name, state, before))
+    used = {} if of_rows is None else {"reference": stage.reference}
+    state.finished_stages.append(stage_result(stage.name, state, before) | used)
+    lm.fixed = None
     state.stage += 1
     state.step, state.best, state.best_step = 0, None, None
     state.worse_evaluations, state.stopped_early, state.micro_batch_tokens = 0, False, 0
+    state.loss_scale = {}
 
 
-def stage_settings(stage: Stage, data: StageData, seed: int) -> Settings:
+def _optimizer(lm: LanguageModel, stage: Stage) -> Any:
+    """The stage's optimizer over what is trained; raises BadInput where they do not go together."""
+    optim: Any = build("optim", stage.optim)
+    return optim.build(lm.trainable(), stage.learning_rate, stage.weight_decay)
+
+
+def stage_settings(stage: Stage, data: StageData, seed: int, max_length: int) -> Settings:
     """What the loop reads of a stage; a missing eval_steps means once an epoch."""
     total = data.total_steps
-    evaluates = data.validation is not None or bool(stage.sample_prompts)
+    evaluates = data.validation is not None or data.held_back is not None or bool(stage.sample_prompts)
     return Settings(
         total_steps=total,
         learning_rate=stage.learning_rate,
@@ -265,6 +303,7 @@ def stage_settings(stage: Stage, data: StageData, seed: int) -> Settings:
         max_grad_norm=stage.max_grad_norm,
         micro_batch_tokens=stage.micro_batch_tokens,
         share_prefix=stage.share_prefix,
+        max_length=max_length,
         seed=seed,
         eval_steps=(stage.eval_steps or data.steps_per_epoch) if evaluates else 0,
         save_steps=stage.save_steps,

@@ -227,7 +227,7 @@ def test_an_adapter_name_inside_the_names_is_taken_out(tmp_path):
         ({"peft_type": "IA3"}, "another method: found peft_type 'IA3'; allowed: LORA"),
         ({"r": 8}, "found peft_type None; allowed: LORA"),
         ({"peft_type": "LORA", "task_type": "SEQ_CLS"}, "another task: found task_type 'SEQ_CLS'; allowed: CAUSAL_LM"),
-        ({"peft_type": "LORA", "use_dora": True}, "not supported: found use_dora=True"),
+        ({"peft_type": "LORA", "use_qalora": True}, "not supported: found use_qalora=True"),
         ({"peft_type": "LORA", "target_parameters": ["experts.w"]}, "found target_parameters="),
         ({"peft_type": "LORA", "init_lora_weights": "pissa_niter_4"}, "initialisation changed: .*pissa_niter_4"),
         ({"peft_type": "LORA", "r": "8"}, "wrong value for r: found '8'; allowed: a whole number above 0"),
@@ -248,7 +248,7 @@ def test_what_cannot_be_understood_is_refused(tmp_path, config, message):
 
 
 def test_all_problems_of_a_config_come_at_once(tmp_path):
-    config = {"peft_type": "LORA", "use_dora": True, "lora_bias": True, "r": -1, "lora_dropout": 1.5, "bias": "some"}
+    config = {"peft_type": "LORA", "use_qalora": True, "lora_bias": True, "r": -1, "lora_dropout": 1.5, "bias": "some"}
     with pytest.raises(BadInput) as caught:
         load_adapter(folder_with(tmp_path, config, PAIR))
     assert len(caught.value.problems) == 5
@@ -274,7 +274,7 @@ def test_pickles_and_broken_files_are_refused(tmp_path):
     "tensors, message",
     [
         ({"layers.0.lora_A.weight": torch.ones(1)}, "not a tensor of a LoRA adapter: found layers.0"),
-        ({Q + ".lora_magnitude_vector": torch.ones(1)}, "not a tensor of a LoRA adapter"),
+        ({Q + ".lora_E": torch.ones(1)}, "not a tensor of a LoRA adapter"),
         ({Q + ".lora_A.weight": torch.ones(2, 16)}, "A and B without the other: model.layers.0.self_attn.q_proj"),
     ],
 )

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shikomi.data.packing import MIN_SHARED_PREFIX, Example, Packed, micro_batches, pack, pack_tree
+from shikomi.data.pairs import Completion, Pair, Thumb, mismatched, pack_pairs, pack_thumbs, unshared_length
 
 
 def context(packed: Packed, row: int) -> tuple[int, ...]:
@@ -183,3 +184,96 @@ def test_micro_batches_keep_every_example_and_the_budget(lengths, budget):
 def test_micro_batches_are_first_fit_decreasing():
     examples = [example([1] * n, [], n) for n in (2, 6, 5, 4, 3)]
     assert [[len(e) for e in b] for b in micro_batches(examples, 10)] == [[6, 4], [5, 3, 2]]
+
+
+def completion(draw):
+    ids = draw(st.lists(st.integers(0, 3), min_size=1, max_size=9))
+    mask = draw(st.lists(st.booleans(), min_size=len(ids), max_size=len(ids)))
+    return Completion(np.asarray(ids, np.int32), np.asarray(mask, bool))
+
+
+@st.composite
+def pair_lists(draw):
+    stem = draw(st.lists(st.integers(0, 3), min_size=MIN_SHARED_PREFIX, max_size=30))
+    out = []
+    for row in range(draw(st.integers(1, 5))):
+        prompt = np.asarray(
+            draw(st.sampled_from([stem, [1], [1, 2]])) + draw(st.lists(st.integers(0, 3), max_size=4)), np.int32
+        )
+        out.append(Pair(prompt, completion(draw), completion(draw), float(row), 10 + row))
+    return out
+
+
+def expected(prompt, answer, number):
+    whole = np.concatenate([prompt, answer.ids])
+    return [(number, tuple(whole[: len(prompt) + k].tolist()), int(answer.ids[k])) for k in np.flatnonzero(answer.mask)]
+
+
+@given(pair_lists(), st.booleans(), st.booleans())
+def test_each_scored_token_is_predicted_from_its_own_prompt(pairs, share_prefix, score_prompts):
+    found = pack_pairs(pairs, share_prefix, score_prompts)
+    packed, answers = found.packed, [(p.prompt, c) for p in pairs for c in p.completions]
+    wanted = [line for number, (prompt, c) in enumerate(answers) for line in expected(prompt, c, number)]
+    if score_prompts:
+        for number, p in enumerate(pairs, start=2 * len(pairs)):
+            wanted += [(number, tuple(p.prompt[:k].tolist()), int(p.prompt[k])) for k in range(1, len(p.prompt))]
+    assert scored_pairs(packed) == wanted
+    assert found.chosen == list(range(0, 2 * len(pairs), 2)) and found.rejected == [i + 1 for i in found.chosen]
+    assert found.margin == [p.margin for p in pairs]
+    assert found.lengths == [c.n_targets for _, c in answers]
+    assert found.prompt_tokens == len(wanted) - sum(found.lengths)
+    assert packed.rows == [p.row for p in pairs for _ in range(2)]
+    assert packed.n_tokens == sum(len(prompt) + len(c) for prompt, c in answers)
+    assert [context(packed, end) for end in found.ends] == [
+        (*prompt.tolist(), *c.ids.tolist()) for prompt, c in answers
+    ]
+    assert len(packed.ids) <= sum(map(len if share_prefix else unshared_length, pairs))
+    if not share_prefix:
+        assert len(packed.ids) == packed.n_tokens
+
+
+def test_a_pair_is_one_prompt_with_two_children():
+    answers = [Completion(np.arange(n, dtype=np.int32), np.ones(n, bool)) for n in (3, 4)]
+    packed = pack_pairs([Pair(np.arange(20, dtype=np.int32), *answers)]).packed
+    assert (packed.lengths, packed.parents) == ([20, 3, 4], [-1, 0, 0])
+    assert packed.positions.tolist() == [*range(20), 20, 21, 22, 20, 21, 22, 23]
+    assert packed.scored[0] == packed.scored[3] == 19
+    apart = pack_pairs([Pair(np.arange(20, dtype=np.int32), *answers)], share_prefix=False).packed
+    assert (apart.lengths, apart.parents) == ([20, 3, 20, 4], [-1, 0, -1, 2])
+
+
+def test_prompts_that_begin_alike_share_that_beginning():
+    answers = [Completion(np.asarray([7], np.int32), np.ones(1, bool))] * 2
+    prompts = [np.asarray([*range(20), n], np.int32) for n in (50, 51)]
+    packed = pack_pairs([Pair(p, *answers) for p in prompts]).packed
+    assert packed.lengths == [20, 1, 1, 1, 1, 1, 1] and packed.parents == [-1, 0, 1, 1, 0, 4, 4]
+
+
+def test_judged_answers_are_numbered_in_order():
+    one = Completion(np.asarray([7, 8], np.int32), np.asarray([True, False]))
+    thumbs = [Thumb(np.asarray([n, n], np.int32), one, n % 3 == 0, n) for n in range(4)]
+    found = pack_thumbs(thumbs)
+    assert (found.chosen, found.rejected, found.lengths) == ([0, 3], [1, 2], [1] * 4)
+    assert found.packed.rows == [0, 1, 2, 3] and found.packed.segment.tolist() == [0, 1, 2, 3]
+    assert found.packed.targets.tolist() == [7] * 4 and found.margin == []
+    assert found.to("cpu").packed.ids.tolist() == found.packed.ids.tolist()
+
+
+def test_mismatched_answers_fit_behind_their_new_prompt():
+    short, long = (np.arange(n, dtype=np.int32) for n in (2, 6))
+    full = [Completion(np.arange(n, dtype=np.int32), np.ones(n, bool)) for n in (5, 3)]
+    found = mismatched([Thumb(short, full[0], True, 0), Thumb(long, full[1], False, 1)], max_length=8)
+    assert [len(t.completion) for t in found] == [3, 2] and [len(t) for t in found] == [5, 8]
+    assert [t.desirable for t in found] == [True, False]
+    assert mismatched([Thumb(short, full[0], True)]) == []
+
+
+def test_both_answers_of_a_pair_are_in_one_micro_batch():
+    def pair(prompt, chosen, rejected):
+        sides = [Completion(np.zeros(n, np.int32), np.ones(n, bool)) for n in (chosen, rejected)]
+        return Pair(np.zeros(prompt, np.int32), *sides)
+
+    pairs = [pair(10, 5, 5), pair(4, 3, 3), pair(30, 1, 9)]
+    assert [len(p) for p in pairs] == [20, 10, 40] and [unshared_length(p) for p in pairs] == [30, 14, 70]
+    assert [[len(p) for p in batch] for batch in micro_batches(pairs, 30)] == [[40], [20, 10]]
+    assert [[len(p) for p in batch] for batch in micro_batches(pairs, 43, unshared_length)] == [[40], [20], [10]]

@@ -6,15 +6,19 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from running import final_bytes, losses, tiny_recipe, write_rows
+from safetensors.torch import load_file
 
 from shikomi.checkpoint.lock import RunLock
 from shikomi.errors import BadInput, NonFinite, Stopped, TryAgain
 from shikomi.recipe import Stage
 from shikomi.run import resume, train
+from shikomi.steps import hooks
 
 SUPPORT = Path(__file__).resolve().parent.parent / "support"
 
@@ -174,18 +178,47 @@ def test_out_of_memory_halves_the_micro_batch_once(tiny_llama, rows, tmp_path, m
         )
 
 
-def test_early_stopping_and_the_best_checkpoint(tiny_llama, rows, tmp_path):
+def test_the_loss_scale_of_fp16_is_part_of_a_checkpoint(tiny_llama, rows, tmp_path, monkeypatch):
+    """Scaling by powers of two changes nothing in fp32, so that the scaler's own state can be watched on a CPU."""
+    scaler = torch.amp.GradScaler
+
+    def growing(device, enabled):
+        return scaler("cpu", init_scale=4.0, growth_interval=2, enabled=True)
+
+    monkeypatch.setattr(torch.amp, "GradScaler", growing)
+    states = []
+    for name, steps in (("whole", 6), ("cut", 3)):
+        train(tiny_recipe(tiny_llama, rows, tmp_path / name, max_steps=steps, lr_scheduler_type="constant"))
+    resume(tmp_path / "cut", ["max_steps=6"])
+    for name in ("whole", "cut"):
+        newest = sorted((tmp_path / name / "checkpoints").iterdir())[-1]
+        states.append(json.loads((newest / "state.json").read_text())["loss_scale"])
+    assert states[0] == states[1] and states[0]["scale"] == 32.0
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
+def test_early_stopping_and_the_best_checkpoint(tiny_llama, rows, tmp_path, monkeypatch):
+    told = iter([3.0, 2.0, 2.5, 1.5, 1.6, 1.7])  # what the evaluations find, one every two steps
+
+    def scripted(lm, task, *rest):
+        done = hooks.evaluate_as_built(lm, task, *rest)
+        return replace(done, measurements={"loss": {**done.measurements["loss"], "value": next(told)}})
+
+    monkeypatch.setattr(hooks, "evaluate_as_built", hooks.evaluate, raising=False)
+    monkeypatch.setattr(hooks, "evaluate", scripted)
     keys = {
-        "data": {"train": str(rows), "validation": 0.2}, "max_steps": 40, "learning_rate": 0.5, "eval_steps": 2,
-        "early_stopping_patience": 2, "load_best_model_at_end": True, "lr_scheduler_type": "constant",
+        "data": {"train": str(rows), "validation": 0.2}, "max_steps": 40, "learning_rate": 0.01, "eval_steps": 2,
+        "early_stopping_patience": 2, "load_best_model_at_end": True, "save_dtype": "fp32",
     }  # fmt: skip
     done = train(tiny_recipe(tiny_llama, rows, tmp_path / "run", **keys))
     stage = done.values["stages"][0]
-    assert stage["stopped_early"] and stage["steps"] < 40
-    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    evals = {r["step"]: r["eval_loss"] for r in records if "eval_loss" in r}
-    assert stage["best"] == min(evals.values()) and evals[stage["best_step"]] == stage["best"]
-    assert (tmp_path / "run" / "checkpoints" / f"step-{stage['best_step']:06d}").exists()
+    assert stage["stopped_early"] and stage["steps"] == 12
+    assert stage["best"] == 1.5 and stage["best_step"] == 8
+    best = load_file(tmp_path / "run" / "checkpoints" / "step-000008" / "adapter.safetensors")
+    last = load_file(tmp_path / "run" / "checkpoints" / "step-000012" / "adapter.safetensors")
+    final = load_file(tmp_path / "run" / "final" / "adapter_model.safetensors")
+    assert all(torch.equal(final[name], best[name]) for name in best)
+    assert any(not torch.equal(last[name], best[name]) for name in best)
 
 
 def test_an_adapter_can_be_the_start_of_a_run(tiny_llama, rows, tmp_path):
@@ -231,6 +264,8 @@ CHANGES = {
     "optim": {"optim": {"name": "adamw", "adam_beta1": 0.5}},
     "adam_beta2": {"optim": {"name": "adamw", "adam_beta2": 0.5}},
     "adam_epsilon": {"optim": {"name": "adamw", "adam_epsilon": 0.1}},
+    "loraplus_lr_ratio": {"loraplus_lr_ratio": 16},
+    "galore": {"adapter": "full", "optim": {"name": "galore", "rank": 4}},  # its options: tests/optim
     "shuffle": {"shuffle": False},
     "seed": {"seed": 3},
     "objective": {"objective": {"name": "sft", "dft": True}},
@@ -249,6 +284,8 @@ CHANGES = {
 }  # fmt: skip
 SHOWN_ELSEWHERE = {  # key: the test, or the place, that shows its effect
     "name": "test_two_stages",
+    "adapter": "tests/invariants/test_stages.py",
+    "previous_adapter": "tests/invariants/test_stages.py",
     "data": "everywhere",
     "stages": "test_two_stages",
     "model": "everywhere",
@@ -270,7 +307,6 @@ SHOWN_ELSEWHERE = {  # key: the test, or the place, that shows its effect
     "model_token_env": "tests/model/test_files.py",
     "device": "tests/train/test_parts.py",
     "quant": "tests/train/test_parts.py",
-    "adapter": "r, lora_alpha, ...",
 }
 
 

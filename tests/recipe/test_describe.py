@@ -2,7 +2,7 @@ import json
 from typing import Any
 
 from shikomi.recipe import EvaluateSpec, Recipe, Source, Stage, component_reference, json_schema, reference
-from shikomi.recipe.schema import ComponentSpec, DataSpec
+from shikomi.recipe.schema import OWN_KEYS, ComponentSpec, DataSpec
 
 
 def test_every_key_of_every_block_is_described():
@@ -17,7 +17,8 @@ def test_the_reference_has_each_key_once_with_type_default_and_description():
     for model, prefix in ((DataSpec, "data."), (Source, "data.train."), (EvaluateSpec, "evaluate.")):
         assert {prefix + key for key in model.model_fields} <= set(rows)
     assert set(Recipe.model_fields) <= set(rows)
-    assert {key for key in Stage.model_fields if key not in ("name", "data")} <= set(rows)
+    assert {key for key in Stage.model_fields if key not in (*OWN_KEYS, "data")} <= set(rows)
+    assert {f"stages.N.{key}" for key in OWN_KEYS} <= set(rows)
     assert rows["batch_size"][:2] == ("a whole number, at least 1, at most 1,000,000", 16)
     assert rows["adapter"][1] == "lora" and rows["model"][1] == "(required)"
     assert rows["save_total_limit"][0] == "a whole number, at least 1, at most 1,000,000 or null"

@@ -253,7 +253,7 @@ def test_a_stage_may_hold_keys_of_other_tools():
         2,
         0.2,
     )
-    assert "unknown key `stages.0.lora_r`" in problems(BASE + "stages:\n  - {lora_r: 3}\n")[0]
+    assert "unknown key `stages.0.new_special_tokens`" in problems(BASE + "stages:\n  - {new_special_tokens: [a]}\n")[0]
 
 
 def test_hf_spells_no_limit_as_minus_one():

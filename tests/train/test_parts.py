@@ -11,7 +11,6 @@ from shikomi.errors import BadInput
 from shikomi.model.device import choose_device, choose_dtypes
 from shikomi.optim._schedule import factor, warmup
 from shikomi.optim.adamw import AdamW
-from shikomi.recipe import load_recipe
 from shikomi.train.state import better
 
 
@@ -58,11 +57,6 @@ def test_devices_and_dtypes():
     if not torch.cuda.is_available():
         with pytest.raises(BadInput, match="cuda"):
             choose_device("cuda")
-
-
-def test_a_quantization_that_is_not_built_is_named():
-    with pytest.raises(BadInput, match="nf4"):
-        load_recipe({"model": "smollm2", "data": "x.jsonl", "quant": "nf4"})
 
 
 def test_losses_are_better_when_small_and_scores_when_large():

@@ -1,121 +1,94 @@
-"""Putting an adapter on a model and taking its state off again: which modules match, what they become, PEFT's names."""
+"""Adapters on linear layers: which modules match, what they become, what is trained beside them, PEFT's names."""
 
 import contextlib
-import copy
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from shikomi.adapters.lora import Lora, LoraLinear
-from shikomi.errors import BadInput, Problem, nearest
-from shikomi.quant._dense import Dense
+from shikomi.adapters._modules import LoraEmbedding, TrainedCopy
+from shikomi.adapters._targets import pattern_of, saved_modules, targets
+from shikomi.errors import BadInput, Problem
+from shikomi.quant._linear import PlainLinear
+from shikomi.quant._quantized import Quantized
+
+if TYPE_CHECKING:
+    from shikomi.adapters._adapter import Context
+    from shikomi.adapters.lora import Lora, LoraLinear
 
 PREFIX = "base_model.model."
-BARE = ("dt_proj",)  # Mamba layers read this weight instead of calling the layer: an update beside it has no effect
-
-
-class LoraEmbedding(nn.Module):
-    """An embedding with a low-rank update: W[ids] + scaling * B A[:, ids]; A (r, vocabulary) starts at zero."""
-
-    def __init__(self, base: nn.Embedding, r: int, scaling: float, generator: torch.Generator):
-        super().__init__()
-        self.inner, self.scaling, self.enabled = base, scaling, True
-        self.lora_embedding_A = nn.Parameter(torch.zeros(r, base.num_embeddings, device=base.weight.device))
-        b = torch.empty(base.embedding_dim, r).normal_(generator=generator)
-        self.lora_embedding_B = nn.Parameter(b.to(base.weight.device))
-
-    @property
-    def weight(self) -> Tensor:
-        return self.inner.weight
-
-    def forward(self, ids: Tensor) -> Tensor:
-        y = self.inner(ids)
-        if not self.enabled:
-            return y
-        a, b = self.lora_embedding_A.to(y.dtype), self.lora_embedding_B.to(y.dtype)
-        return y + F.linear(F.embedding(ids, a.t()), b) * self.scaling
-
-
-class TrainedCopy(nn.Module):
-    """A module that is trained whole (`modules_to_save`) beside the one that was loaded."""
-
-    def __init__(self, original: nn.Module):
-        super().__init__()
-        self.original = original
-        self.copy = copy.deepcopy(original)
-        self.enabled = True
-        for parameter in self.copy.parameters():
-            parameter.data = parameter.data.float()
-            parameter.requires_grad_(True)
-
-    @property
-    def active(self) -> nn.Module:
-        return self.copy if self.enabled else self.original
-
-    @property
-    def weight(self) -> Tensor:
-        return self.active.weight  # type: ignore[return-value]
-
-    def forward(self, *args, **kwargs):
-        return self.active(*args, **kwargs)
-
-    # Something linear, where the module is
-
-    @property
-    def base(self) -> Dense:
-        assert isinstance(self.active, Dense)
-        return self.active
-
-    @property
-    def in_features(self) -> int:
-        return self.base.in_features
-
-    @property
-    def out_features(self) -> int:
-        return self.base.out_features
-
-    @property
-    def needs_input(self) -> bool:
-        return self.base.needs_input
-
-    def trained(self) -> list[nn.Parameter]:
-        return self.base.trained()
-
-    def add_delta(self, y: Tensor, x: Tensor) -> None:
-        return self.base.add_delta(y, x)
-
-    def delta_gradients(self, dx: Tensor | None, dy: Tensor, x: Tensor | None) -> list[Tensor]:
-        return self.base.delta_gradients(dx, dy, x)
 
 
 @dataclass
-class Attached:
-    """What an adapter put on a model, by module path."""
+class OnLayers:
+    """What an adapter put on the layers of a model, by module path."""
 
-    options: Lora
-    lora: dict[str, LoraLinear | LoraEmbedding] = field(default_factory=dict)
+    options: "Lora"
+    lora: dict[str, "LoraLinear | LoraEmbedding"] = field(default_factory=dict)
     copies: dict[str, TrainedCopy] = field(default_factory=dict)
     biases: dict[str, tuple[nn.Parameter, Tensor]] = field(default_factory=dict)  # trained, and as loaded
+    kept: dict[str, "LoraLinear"] = field(default_factory=dict)  # of an earlier adapter, frozen, on layers of its own
+    merged: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # scaled A and B that are in the base now
+    context: "Context | None" = None
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Trained parameters by the names that PEFT gives them in its file."""
         found: dict[str, nn.Parameter] = {}
         for path, module in self.lora.items():
-            if isinstance(module, LoraLinear):
-                found[f"{PREFIX}{path}.lora_A.weight"] = module.lora_A
-                found[f"{PREFIX}{path}.lora_B.weight"] = module.lora_B
-            else:
-                found[f"{PREFIX}{path}.lora_embedding_A"] = module.lora_embedding_A
-                found[f"{PREFIX}{path}.lora_embedding_B"] = module.lora_embedding_B
+            found |= {f"{PREFIX}{path}.{name}": p for name, p in module.own().items()}
         for path, copied in self.copies.items():
             found |= {f"{PREFIX}{path}.{name}": p for name, p in copied.copy.named_parameters()}
         for path, (parameter, _) in self.biases.items():
             found[f"{PREFIX}{path}"] = parameter
         return found
+
+    def fixed(self) -> dict[str, Tensor]:
+        """Tensors of the adapter that are not trained: the start of A and B, where that is a part of the base."""
+        starts = {path: m.start for path, m in self.linears().items() if m.start is not None}
+        names = (("start_A", 0), ("start_B", 1))
+        return {f"{PREFIX}{path}.{name}": start[i] for path, start in starts.items() for name, i in names}
+
+    def linears(self) -> dict[str, "LoraLinear"]:
+        """The wrapped linear layers, without embeddings."""
+        return {path: m for path, m in self.lora.items() if not isinstance(m, LoraEmbedding)}
+
+    def added(self) -> int:
+        """How many of the trained numbers are no part of the base as loaded."""
+        base = {id(p) for p, _ in self.biases.values()}
+        return sum(p.numel() for p in self.parameters().values() if id(p) not in base)
+
+    def export(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Fields of PEFT's config, and tensors by PEFT's names."""
+        tensors = {name: p.detach() for name, p in self.parameters().items()}
+        config = self.options.peft_config()
+        wider, own = self.whole(), self.linears()
+        if any(path not in own or a.shape[0] != own[path].r for path, (a, _) in wider.items()):
+            ranks = {re.escape(path): a.shape[0] for path, (a, _) in wider.items()}
+            config |= {"rank_pattern": ranks, "alpha_pattern": dict(ranks), "use_rslora": False}  # a scaling of 1
+            config |= {"init_lora_weights": True, "target_modules": sorted(self.lora.keys() | wider.keys())}
+            config |= {"exclude_modules": None, "layers_to_transform": None}
+            for path, (a, b) in wider.items():
+                tensors |= {f"{PREFIX}{path}.lora_A.weight": a, f"{PREFIX}{path}.lora_B.weight": b}
+        return config, tensors
+
+    def whole(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """A and scaled B of the whole update of every linear layer against the model as it was loaded."""
+        found: dict[str, tuple[Tensor, Tensor]] = {}
+        for path, module in (self.linears() | self.kept).items():
+            a, b = module.factors()
+            found[path] = (a, b * module.scaling)
+        for path, (a, b) in self.merged.items():
+            own = found.get(path)
+            found[path] = (a, b) if own is None else (torch.cat([own[0], a]), torch.cat([own[1], b], 1))
+        return found
+
+    def bind_dropout(self, key: int | None) -> None:
+        """Binds the dropout masks of every wrapped layer to one micro-batch; None switches dropout off."""
+        for index, module in enumerate(self.lora.values()):
+            module.key = None if key is None else (key * 1_000_003 + index) % (1 << 63)
 
     def load(self, tensors: dict[str, Tensor], source: str) -> None:
         """Takes over an adapter's tensors; raises BadInput for names or shapes that do not fit this model."""
@@ -125,6 +98,8 @@ class Attached:
             if saved is not None and saved.shape == module.inner.weight.shape:
                 tensors = {k: t for k, t in tensors.items() if t is not saved}
                 module.inner.weight.data.copy_(saved)
+                if not isinstance(module, LoraEmbedding):
+                    module.base_changed()
         problems = []
         for name in sorted(mine.keys() - tensors.keys()):
             problems.append(Problem(f"the adapter lacks {name}", file=source))
@@ -145,6 +120,16 @@ class Attached:
     @contextlib.contextmanager
     def off(self) -> Iterator[None]:
         """Within: the model exactly as it was loaded."""
+        with self.reference():
+            self._frozen(False)
+            try:
+                yield
+            finally:
+                self._frozen(True)
+
+    @contextlib.contextmanager
+    def reference(self) -> Iterator[None]:
+        """Within: what this adapter began on: the model as loaded, with an earlier adapter that is kept frozen."""
         modules = [*self.lora.values(), *self.copies.values()]
         trained = {path: parameter.detach().clone() for path, (parameter, _) in self.biases.items()}
         self._switch(modules, False, {path: loaded for path, (_, loaded) in self.biases.items()})
@@ -160,89 +145,67 @@ class Attached:
             for path, value in biases.items():
                 self.biases[path][0].copy_(value)
 
+    def _frozen(self, enabled: bool) -> None:
+        for module in self.linears().values():
+            module.frozen_enabled = enabled
+        for module in self.kept.values():
+            module.enabled = enabled
 
-def attach(model: nn.Module, options: Lora, output_name: str | None, seed: int) -> Attached:
+    def take_off(self, model: nn.Module) -> None:
+        """Puts the base's own modules back; what was trained of it in place (biases, whole modules) stays trained."""
+        for path, module in (self.lora | self.kept).items():
+            inner = module.inner
+            assert isinstance(inner, nn.Module)
+            _replace(model, path, inner)
+        for path, copied in self.copies.items():
+            _replace(model, path, copied.copy)
+
+    def keep_frozen(self, model: nn.Module, earlier: dict[str, tuple[Tensor, Tensor]]) -> None:
+        """Keeps an earlier adapter, A and scaled B by path, frozen under this one."""
+        for path, (a, b) in earlier.items():
+            own = self.linears().get(path)
+            if own is not None:
+                own.keep((a, b))
+                continue
+            module = self.options.wrap_frozen(model.get_submodule(path), a, b)
+            self.kept[path] = module
+            _replace(model, path, module)
+
+
+def attach(model: nn.Module, options: "Lora", output_name: str | None, seed: int) -> OnLayers:
     """Wraps the modules of `model` that `options` names; returns what was put there.
 
     `output_name` is the head's path, which all-linear leaves out. Raises BadInput when nothing matches.
     """
     modules = dict(model.named_modules())
-    names = _targets(modules, options, output_name)
-    attached = Attached(options)
+    names = targets(modules, options, output_name)
+    attached = OnLayers(options)
     generator = torch.Generator().manual_seed(seed)
     for path in names:
-        r = _pattern(options.rank_pattern, path, options.r)
-        scaling = options.scaling(int(r), _pattern(options.alpha_pattern, path, options.lora_alpha))
+        r = pattern_of(options.rank_pattern, path, options.r)
+        scaling = options.scaling(int(r), pattern_of(options.alpha_pattern, path, options.lora_alpha))
         module = modules[path]
         wrapped: LoraLinear | LoraEmbedding
-        if isinstance(module, Dense):
-            wrapped = LoraLinear(module, int(r), scaling, options.lora_dropout, options.init_lora_weights, generator)
+        if isinstance(module, PlainLinear):
+            wrapped = options.wrap(module.base, int(r), scaling, generator)
         else:
             assert isinstance(module, nn.Embedding)
-            wrapped = LoraEmbedding(module, int(r), scaling, generator)
+            wrapped = options.wrap_embedding(path, module, int(r), scaling, generator)
         attached.lora[path] = wrapped
         _replace(model, path, wrapped)
     _train_biases(model, modules, attached)
-    for path in _saved_modules(modules, options):
+    for path in saved_modules(modules, options):
+        if isinstance(modules[path], Quantized):
+            fix = "name it in target_modules, or use quant: none"
+            raise BadInput(
+                [Problem(f"modules_to_save: {path} is stored in few bits and cannot be trained whole", fix=fix)]
+            )
         attached.copies[path] = TrainedCopy(modules[path])
         _replace(model, path, attached.copies[path])
     return attached
 
 
-def _targets(modules: dict[str, nn.Module], options: Lora, output_name: str | None) -> list[str]:
-    usable = {path for path, m in modules.items() if isinstance(m, Dense | nn.Embedding)}
-    want = options.target_modules
-    if want == "all-linear":
-        found = [p for p in modules if p in usable and isinstance(modules[p], Dense) and p != output_name]
-        found = [p for p in found if not p.endswith(BARE)]
-    else:
-        found = [p for p in modules if p in usable and _matches(want, p)]
-    if options.exclude_modules:
-        found = [p for p in found if not _matches(options.exclude_modules, p)]
-    if options.layers_to_transform is not None:
-        layers = {str(i) for i in options.layers_to_transform}
-        found = [p for p in found if layers & set(re.findall(r"\.(\d+)\.", p)[:1])]
-    known = sorted({p.rsplit(".", 1)[-1] for p in usable})
-    for name in want if isinstance(want, list) else []:
-        if not any(_matches([name], p) for p in usable):
-            close = nearest(name, known)
-            raise BadInput(
-                [
-                    Problem(
-                        f"target_modules: no linear or embedding module is named {name!r}",
-                        allowed=", ".join(known),
-                        fix=f"did you mean {close!r}?" if close else "use all-linear",
-                    )
-                ]
-            )
-    if not found:
-        raise BadInput(
-            [
-                Problem(
-                    "target_modules match no module of this model",
-                    found=str(want),
-                    allowed=", ".join(known),
-                    fix="use all-linear, or a list of these names",
-                )
-            ]
-        )
-    return found
-
-
-def _matches(want: str | list[str], path: str) -> bool:
-    if isinstance(want, str):
-        return re.fullmatch(want, path) is not None
-    return any(path == name or path.endswith("." + name) for name in want)
-
-
-def _pattern(patterns: dict | None, path: str, default: float) -> float:
-    for key, value in (patterns or {}).items():
-        if re.match(rf"(^|.*\.)({key})$", path):
-            return value
-    return default
-
-
-def _train_biases(model: nn.Module, modules: dict[str, nn.Module], attached: Attached) -> None:
+def _train_biases(model: nn.Module, modules: dict[str, nn.Module], attached: OnLayers) -> None:
     if attached.options.bias == "none":
         return
     for path, module in modules.items():
@@ -255,33 +218,6 @@ def _train_biases(model: nn.Module, modules: dict[str, nn.Module], attached: Att
         attached.biases[name] = (bias, bias.detach().clone())
 
 
-def _saved_modules(modules: dict[str, nn.Module], options: Lora) -> list[str]:
-    found = []
-    for name in options.modules_to_save or []:
-        matches = [path for path in modules if path.endswith(name)]  # PEFT's rule: also the end of a word
-        if not matches:
-            known = sorted({p.rsplit(".", 1)[-1] for p in modules if p and not p.rsplit(".", 1)[-1].isdigit()})
-            close = nearest(name, known)
-            raise BadInput(
-                [
-                    Problem(
-                        f"modules_to_save: no module is named {name!r}",
-                        allowed=", ".join(known),
-                        fix=f"did you mean {close!r}?" if close else None,
-                    )
-                ]
-            )
-        found += matches
-    return found
-
-
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
     parent, _, name = path.rpartition(".")
     model.get_submodule(parent)._modules[name] = module
-
-
-def keyed(attached: Attached, key: int | None) -> None:
-    """Binds the dropout masks of every wrapped layer to one micro-batch; None switches dropout off."""
-    for index, module in enumerate(attached.lora.values()):
-        if isinstance(module, LoraLinear):
-            module.key = None if key is None else (key * 1_000_003 + index) % (1 << 63)

@@ -1,15 +1,19 @@
 """LoRA: low-rank adaptation (Hu et al. 2021, arXiv:2106.09685, eq. 3)."""
 
+import dataclasses
 import math
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from shikomi.quant._dense import Dense, apply
+from shikomi.adapters import _attach
+from shikomi.adapters._adapter import Attached, Capabilities
+from shikomi.adapters._modules import LoraEmbedding
+from shikomi.adapters._start import START, start_factors
+from shikomi.quant._linear import Base, Gradients, LowRank, PlainLinear, apply
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,7 @@ class Lora:
     """
 
     name: ClassVar[str] = "lora"
+    capabilities: ClassVar[Capabilities] = Capabilities(mergeable=True, starts_as_base=True, context=False)
 
     r: Annotated[int, Field(ge=1, le=4096, description="rank of the update")] = 16
     lora_alpha: Annotated[float, Field(gt=0, description="scale of the update: lora_alpha / r")] = 32
@@ -35,18 +40,54 @@ class Lora:
     rank_pattern: Annotated[dict[str, int] | None, Field(description="r for modules whose name matches")] = None
     alpha_pattern: Annotated[dict[str, float] | None, Field(description="lora_alpha for modules that match")] = None
     init_lora_weights: Annotated[
-        bool | Literal["gaussian"], Field(description="true: A Kaiming-uniform, B zero; gaussian: A normal / r")
+        bool | Literal["gaussian", "pissa", "olora"],
+        Field(
+            description="true: A Kaiming-uniform, B zero; gaussian: A normal / r; pissa (arXiv:2404.02948): principal "
+            "singular vectors of W0; olora (arXiv:2406.01775): its QR factors"
+        ),
     ] = True
 
     def scaling(self, r: int, lora_alpha: float) -> float:
         return lora_alpha / (math.sqrt(r) if self.use_rslora else r)
 
+    def attach(self, model: nn.Module, output_name: str | None, seed: int, tokenizer: Any) -> Attached:
+        """Wraps the modules that `target_modules` names. Raises BadInput when nothing matches."""
+        return _attach.attach(model, self, output_name, seed)
+
+    def wrap(self, base: Base, r: int, scaling: float, generator: torch.Generator) -> "LoraLinear":
+        """The update of one linear map."""
+        return LoraLinear(base, r, scaling, self.lora_dropout, self.init_lora_weights, generator)
+
+    def wrap_embedding(
+        self, path: str, base: nn.Embedding, r: int, scaling: float, generator: torch.Generator
+    ) -> LoraEmbedding:
+        """The update of an embedding."""
+        return LoraEmbedding(base, r, scaling, generator)
+
+    def wrap_frozen(self, module: nn.Module, a: Tensor, b: Tensor) -> "LoraLinear":
+        """A linear layer with a scaled A (k, in) and B (out, k) that is not trained."""
+        assert isinstance(module, PlainLinear)
+        wrapped = LoraLinear(module.base, a.shape[0], 1.0, 0.0, True, torch.Generator())
+        wrapped.lora_A.data, wrapped.lora_B.data = a, b
+        return wrapped.requires_grad_(False)
+
+    def peft_config(self) -> dict[str, Any]:
+        """The options as fields of PEFT's LoraConfig."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(Lora)}
+        return {"peft_type": "LORA", "task_type": "CAUSAL_LM", **fields}
+
 
 class LoraLinear(nn.Module):
-    """A base linear map with a low-rank update beside it; A and B are fp32 masters."""
+    """A base linear map with a low-rank update beside it; A and B are fp32 masters.
+
+    Where A and B start as a part of W0 (`start_A`, `start_B`), the update is B A - start_B start_A: the base stays as
+    it was loaded. `frozen` is the scaled A and B of an earlier adapter, which is a part of the reference.
+    """
+
+    needs_output = False
 
     def __init__(
-        self, base: Dense, r: int, scaling: float, dropout: float, init: bool | str, generator: torch.Generator
+        self, base: Base, r: int, scaling: float, dropout: float, init: bool | str, generator: torch.Generator
     ):
         super().__init__()
         self.inner = base
@@ -54,19 +95,24 @@ class LoraLinear(nn.Module):
         self.scaling, self.dropout = scaling, dropout
         self.key: int | None = None  # seeds the dropout mask of this forward and its backward; None: no dropout
         self.enabled = True
-        a = torch.empty(r, base.in_features)
+        self.start: tuple[Tensor, Tensor] | None = None
+        self.frozen: tuple[Tensor, Tensor] | None = None
+        self.frozen_enabled = True
+        a, b = torch.empty(r, base.in_features), torch.zeros(base.out_features, r)
         if init == "gaussian":
             a.normal_(0, 1 / r, generator=generator)
+        elif init in START:
+            a, b = start_factors(str(init), base, r, scaling)
+            self.start = (a.clone(), b.clone())
         else:
             nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
-        b = torch.zeros(base.out_features, r)
         if not init:
             nn.init.kaiming_uniform_(b, a=math.sqrt(5), generator=generator)
         self.lora_A = nn.Parameter(a.to(base.weight.device))
         self.lora_B = nn.Parameter(b.to(base.weight.device))
 
     @property
-    def base(self) -> Dense:
+    def base(self) -> Base:
         return self.inner
 
     @property
@@ -80,46 +126,55 @@ class LoraLinear(nn.Module):
 
     @property
     def needs_input(self) -> bool:
-        return self.enabled or self.inner.needs_input
+        return bool(self.trained())
+
+    def own(self) -> dict[str, nn.Parameter]:
+        """The adapter's parameters by PEFT's names."""
+        return {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B}
 
     def trained(self) -> list[nn.Parameter]:
-        own = [p for p in (self.lora_A, self.lora_B) if p.requires_grad] if self.enabled else []
+        own = [p for p in self.own().values() if p.requires_grad] if self.enabled else []
         return own + self.inner.trained()
 
-    def _dropped(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        if self.key is None or self.dropout == 0:
-            return x, None
-        generator = torch.Generator(x.device).manual_seed(self.key)
-        keep = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        keep.bernoulli_(1 - self.dropout, generator=generator).div_(1 - self.dropout)
-        return x * keep, keep
+    def keep(self, frozen: tuple[Tensor, Tensor]) -> None:
+        """Keeps an earlier adapter, scaled A (k, in) and B (out, k), frozen beside this one."""
+        self.frozen = (frozen[0].to(self.lora_A.device), frozen[1].to(self.lora_B.device))
 
-    def add_delta(self, y: Tensor, x: Tensor) -> None:
+    def base_changed(self) -> None:
+        """Told when the base's weight has been replaced."""
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A and B of the whole update in fp32: own, start and frozen, one below and beside the other."""
+        a, b = [self.lora_A.detach()], [self.lora_B.detach()]
+        if self.start is not None:
+            a, b = [*a, self.start[0].to(a[0].device)], [*b, -self.start[1].to(b[0].device)]
+        if self.frozen is not None:
+            a, b = [*a, self.frozen[0]], [*b, self.frozen[1] / self.scaling]
+        return (a[0], b[0]) if len(a) == 1 else (torch.cat(a), torch.cat(b, 1))
+
+    def update(self) -> LowRank | None:
+        dtype = self.inner.dtype
         if self.enabled:
-            x, _ = self._dropped(x)
-            xa = F.linear(x, self.lora_A.detach().to(x.dtype))  # (N, r)
-            y.addmm_(xa, self.lora_B.detach().to(x.dtype).t(), alpha=self.scaling)
+            a, b = self.factors()
+            return LowRank(a.to(dtype), (b * self.scaling).to(dtype), self.dropout, self.key)
+        if self.frozen is not None and self.frozen_enabled:
+            return LowRank(self.frozen[0].to(dtype), self.frozen[1].to(dtype))
+        return None
 
-    def delta_gradients(self, dx: Tensor | None, dy: Tensor, x: Tensor | None) -> list[Tensor]:
-        grads = []
-        if self.enabled:
-            assert x is not None
-            a, b = self.lora_A.detach().to(dy.dtype), self.lora_B.detach().to(dy.dtype)
-            dropped, keep = self._dropped(x)
-            dyb = dy @ b  # (N, r)
-            if self.lora_A.requires_grad:
-                grads.append((dyb.t() @ dropped).float().mul_(self.scaling))
-            if self.lora_B.requires_grad:
-                grads.append((dy.t() @ F.linear(dropped, a)).float().mul_(self.scaling))
-            if dx is not None and keep is None:
-                dx.addmm_(dyb, a, alpha=self.scaling)
-            elif dx is not None and keep is not None:
-                dx.addcmul_(dyb @ a, keep, value=self.scaling)
-        return grads + self.inner.delta_gradients(dx, dy, x)
+    def factor(self) -> Tensor | None:
+        return None
 
-    def delta_weight(self) -> Tensor:
-        """(lora_alpha / r) B A as (out, in) in fp32."""
-        return (self.lora_B.detach().float() @ self.lora_A.detach().float()) * self.scaling
+    def own_gradients(self, of: Gradients) -> list[Tensor]:
+        if not self.enabled:
+            return []
+        assert of.a is not None and of.b is not None
+        a, b = of.a[: self.r], of.b[:, : self.r].mul(self.scaling)
+        return [g for g, p in ((a, self.lora_A), (b, self.lora_B)) if p.requires_grad]
+
+    def merged_weight(self) -> Tensor:
+        """W0 + (lora_alpha / r) B A as (out, in) in fp32."""
+        a, b = self.factors()
+        return self.inner.full_weight().addmm_(b.float(), a.float(), alpha=self.scaling)
 
     def forward(self, x: Tensor) -> Tensor:
         return apply(self, x)

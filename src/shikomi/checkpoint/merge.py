@@ -7,11 +7,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from shikomi.adapters._attach import LoraEmbedding
-from shikomi.adapters.lora import LoraLinear
+from shikomi.adapters._attach import OnLayers
+from shikomi.adapters._modules import LoraEmbedding, TrainedCopy
 from shikomi.checkpoint.files import saving
 from shikomi.errors import BadInput, Problem
 from shikomi.model.language_model import LanguageModel
+from shikomi.quant._dense import Dense
+from shikomi.quant._linear import Base
+from shikomi.quant._quantized import Quantized
 
 MergeDtype = Literal["auto", "bf16", "fp32", "bf16-stochastic"]
 SMALL_MODEL = 1_000_000_000  # parameters below which auto merges to fp32: small updates vanish in bf16
@@ -31,22 +34,32 @@ def merge_weights(lm: LanguageModel, dtype: torch.dtype, stochastic: bool = Fals
     `stochastic` rounds to bf16 up or down with the probability that keeps the mean, so that updates below half a
     unit in the last place do not all vanish.
     """
-    if lm.attached is None:
+    if not isinstance(lm.attached, OnLayers):
         return
     generator = torch.Generator().manual_seed(seed)
     for module in lm.attached.lora.values():
-        if isinstance(module, LoraLinear):
-            merged = module.inner.full_weight() + module.delta_weight()
-            merged = merged.t() if module.inner.transposed else merged
-            module.inner.weight = _parameter(_rounded(merged, dtype, stochastic, generator))
-        elif isinstance(module, LoraEmbedding):
+        if isinstance(module, LoraEmbedding):
             delta = (module.lora_embedding_B.detach() @ module.lora_embedding_A.detach()).t() * module.scaling
             merged = module.inner.weight.detach().float() + delta
             module.inner.weight = _parameter(_rounded(merged, dtype, stochastic, generator))
+        else:
+            merged = _rounded(module.merged_weight(), dtype, stochastic, generator)
+            module.inner = _dense(module.inner, merged)
         module.enabled = False
+    for path, base in list(lm.model.named_modules()):
+        if isinstance(base, Quantized):  # what has no adapter leaves its few bits too
+            weight = _rounded(base.full_weight(), dtype, stochastic, generator)
+            parent, _, name = path.rpartition(".")
+            lm.model.get_submodule(parent)._modules[name] = _dense(base, weight)
     for copied in lm.attached.copies.values():
         for parameter in copied.copy.parameters():
             parameter.data = _rounded(parameter.detach(), dtype, stochastic, generator)
+
+
+def _dense(base: Base, weight: Tensor) -> Dense:
+    """A dense map with this weight (out, in), laid out in memory as the base had it."""
+    transposed = isinstance(base, Dense) and base.transposed
+    return Dense(_parameter(weight.t() if transposed else weight), base.bias, base.dtype, transposed)
 
 
 def _parameter(weight: Tensor) -> nn.Parameter:
@@ -82,7 +95,7 @@ def _persistent(module: nn.Module) -> list[tuple[str, Tensor]]:
 
 def save_model(lm: LanguageModel, folder: Path, dtype: torch.dtype) -> None:
     """Writes a folder that transformers loads by itself: config, safetensors, tokenizer, chat template."""
-    copied = lm.attached.copies if lm.attached else {}
+    copied: dict[str, TrainedCopy] = lm.attached.copies if isinstance(lm.attached, OnLayers) else {}
     untied = any(m.active is lm.head for m in copied.values()) or (
         lm.model.get_input_embeddings().weight is not lm.head.weight
     )
@@ -109,6 +122,10 @@ def merge(
     """
     if lm.attached is None:
         raise BadInput([Problem("there is no adapter to merge: this is a full model already", found=lm.origin)])
+    if not isinstance(lm.attached, OnLayers):
+        kind = lm.attached.options.name
+        what = f"adapter: {kind} cannot be merged: its effect is no change of the base's weights"
+        raise BadInput([Problem(what, found=lm.origin, fix="use it as it is: every command takes its folder")])
     if output.exists() and any(output.iterdir()):
         raise BadInput([Problem("the output folder is not empty", str(output), fix="choose another --output")])
     probes = [list(t) for t in texts] or [lm.tokenizer(t)["input_ids"] for t in PROBE_TEXTS]
@@ -121,13 +138,16 @@ def merge(
         torch.float32 if dtype == "fp32" or (dtype == "auto" and lm.total_parameters < SMALL_MODEL) else torch.bfloat16
     )
     if dtype == "auto" and chosen == torch.bfloat16:
-        kept = [m.inner.weight for m in lm.attached.lora.values()]
+        kept = {p: (m.inner, m.inner.weight) for p, m in lm.attached.lora.items()}
         merge_weights(lm, chosen)
         if float((_logits(lm, probes) - adapted).abs().mean()) > LARGE_DRIFT * effect:
             chosen = torch.float32
             notes.append("bf16 would have lost part of the update: merged to fp32")
-        for module, weight in zip(lm.attached.lora.values(), kept, strict=True):
-            module.inner.weight, module.enabled = weight, True
+        for path, module in lm.attached.lora.items():
+            module.inner, weight = kept[path]
+            if isinstance(module, LoraEmbedding):
+                module.inner.weight = weight
+            module.enabled = True
     merge_weights(lm, chosen, stochastic=dtype == "bf16-stochastic", seed=seed)
     merged = _logits(lm, probes)
     drift = (merged - adapted).abs()

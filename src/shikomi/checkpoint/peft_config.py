@@ -1,7 +1,7 @@
-"""adapter_config.json as PEFT 0.21 writes it for LoRA: its fields, and which of their values are understood here."""
+"""adapter_config.json as PEFT 0.21 writes it: its fields by method, and which of their values are understood here."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +54,44 @@ DEFAULTS: dict[str, Any] = {
     "velora_config": None,
 }
 
+_PROMPT_LEARNING: dict[str, Any] = {
+    "auto_mapping": None,
+    "base_model_name_or_path": None,
+    "inference_mode": False,
+    "modules_to_save": None,
+    "num_attention_heads": None,
+    "num_layers": None,
+    "num_transformer_submodules": 1,
+    "num_virtual_tokens": None,
+    "peft_version": "0.21.2",
+    "revision": None,
+    "task_type": "CAUSAL_LM",
+    "token_dim": None,
+}
+# The fields of each method's config; of prompt learning with what PEFT fills in for a causal language model.
+FIELDS: dict[str, dict[str, Any]] = {
+    "LORA": DEFAULTS,
+    "PREFIX_TUNING": {
+        **_PROMPT_LEARNING,
+        "encoder_hidden_size": None,
+        "init_weights": None,
+        "peft_type": "PREFIX_TUNING",
+        "prefix_projection": False,
+    },
+    "PROMPT_TUNING": {
+        **_PROMPT_LEARNING,
+        "peft_type": "PROMPT_TUNING",
+        "prompt_tuning_init": "RANDOM",
+        "prompt_tuning_init_text": None,
+        "tokenizer_kwargs": None,
+        "tokenizer_name_or_path": None,
+    },
+}
+
 # Settings under which the same A and B mean another function than W0 x + scaling B A x.
 _OTHER_FUNCTION = (
     *("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias"),
-    *("monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora", "use_dora", "use_qalora"),
+    *("monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora"),
 )
 # Initialisations that leave the base as it was loaded; the others move a part of it into A and B.
 _KEEPS_BASE = (True, False, None, "gaussian", "orthogonal", "eva")
@@ -71,12 +105,19 @@ def adapter_config(
     `all-linear` becomes the last parts of the paths of the adapted `modules`, as PEFT itself saves it.
     Raises ValueError for a key that PEFT does not have.
     """
-    unknown = sorted(set(config) - set(DEFAULTS))
+    method = config.get("peft_type", "LORA")
+    fields = FIELDS[method]
+    unknown = sorted(set(config) - set(fields))
     if unknown:
-        raise ValueError(f"not fields of peft.LoraConfig: {', '.join(unknown)}")
+        kind = {"LORA": "Lora", "PREFIX_TUNING": "PrefixTuning", "PROMPT_TUNING": "PromptTuning"}[method]
+        raise ValueError(f"not fields of peft.{kind}Config: {', '.join(unknown)}")
     given = {key: value for key, value in config.items() if value is not None}
-    full = {**DEFAULTS, **given}
+    full = {**fields, **given}
     full.update(base_model_name_or_path=base, revision=revision, inference_mode=True)
+    if method != "LORA":
+        if full.get("prompt_tuning_init") == "TEXT":  # PEFT asks for it even where it reads no text
+            full["tokenizer_name_or_path"] = full["tokenizer_name_or_path"] or base
+        return full
     if full["target_modules"] == "all-linear":
         full["target_modules"] = sorted({path.rpartition(".")[2] for path in modules})
     for key in ("target_modules", "exclude_modules", "modules_to_save"):
@@ -93,7 +134,7 @@ def _whole(alpha: float) -> float:
 
 
 def read_config(folder: Path) -> tuple[dict[str, Any], list[str]]:
-    """The config with every key of DEFAULTS, and notes on keys that are passed over. Raises BadInput."""
+    """The config with every key of its method, and notes on keys that are passed over. Raises BadInput."""
     path = folder / CONFIG
     try:
         raw = json.loads(path.read_bytes())
@@ -108,21 +149,30 @@ def read_config(folder: Path) -> tuple[dict[str, Any], list[str]]:
     problems = _config_problems(raw, str(path))
     if problems:
         raise BadInput(problems)
-    unknown = {key: raw[key] for key in sorted(set(raw) - set(DEFAULTS))}
+    fields = FIELDS[raw["peft_type"]]
+    unknown = {key: raw[key] for key in sorted(set(raw) - set(fields))}
     listed = ", ".join(f"{key}={value!r}" for key, value in unknown.items())
     notes = [f"{path}: settings that are not known here and are passed over: {listed}"] if unknown else []
-    config = {key: raw[key] if raw.get(key) is not None else default for key, default in DEFAULTS.items()}
+    if raw.get("prefix_projection"):
+        notes.append(f"{path}: it holds the keys and values that the projection made; they are trained on themselves")
+    config = {key: raw[key] if raw.get(key) is not None else default for key, default in fields.items()}
     return config, notes
 
 
 def _config_problems(raw: Mapping[str, Any], file: str) -> list[Problem]:
     merge = "merge it into its base with PEFT, and use the merged model"
     method, task, start = raw.get("peft_type"), raw.get("task_type"), raw.get("init_lora_weights")
-    if method != "LORA":
-        return [Problem("an adapter of another method", file, None, f"peft_type {method!r}", "LORA", merge)]
+    if method not in FIELDS:
+        return [Problem("an adapter of another method", file, None, f"peft_type {method!r}", ", ".join(FIELDS), merge)]
     problems = []
     if task not in (None, "CAUSAL_LM"):
         problems.append(Problem("an adapter for another task", file, None, f"task_type {task!r}", "CAUSAL_LM"))
+    if method != "LORA":
+        for key, only in (("modules_to_save", (None, [])), ("num_transformer_submodules", (None, 1))):
+            if raw.get(key) not in only:
+                what = "virtual tokens with more beside them than is supported"
+                problems.append(Problem(what, file, None, f"{key}={raw[key]!r}", str(only[1])))
+        return problems + _wrong_types(raw, file)
     for key in _OTHER_FUNCTION:
         if raw.get(key) not in (None, False, [], {}, DEFAULTS[key]):
             found = f"{key}={raw[key]!r}"
@@ -144,8 +194,19 @@ def _wrong_types(raw: Mapping[str, Any], file: str) -> list[Problem]:
     def is_pattern(value: Any) -> bool:
         return isinstance(value, dict) and all(is_number(item) and item > 0 for item in value.values())
 
+    def is_whole(value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+    if raw["peft_type"] != "LORA":
+        missing = [] if "num_virtual_tokens" in raw else [Problem("num_virtual_tokens is missing", file)]
+        virtual = (
+            ("num_virtual_tokens", lambda v: is_whole(v) and v <= 4096, "a whole number from 1 to 4096"),
+            ("prompt_tuning_init", lambda v: v in ("RANDOM", "TEXT", "SAMPLE_VOCAB"), "RANDOM, TEXT, SAMPLE_VOCAB"),
+            ("init_weights", lambda v: v == "zero", "zero"),
+        )
+        return missing + _failed(raw, file, virtual)
     checks = (
-        ("r", lambda v: isinstance(v, int) and not isinstance(v, bool) and v > 0, "a whole number above 0"),
+        ("r", is_whole, "a whole number above 0"),
         ("lora_alpha", is_number, "a number"),
         ("lora_dropout", lambda v: is_number(v) and 0 <= v < 1, "a number from 0 to below 1"),
         ("bias", lambda v: v in ("none", "all", "lora_only"), "none, all, lora_only"),
@@ -154,6 +215,11 @@ def _wrong_types(raw: Mapping[str, Any], file: str) -> list[Problem]:
         ("rank_pattern", is_pattern, "names to numbers above 0"),
         ("alpha_pattern", is_pattern, "names to numbers above 0"),
     )
+    return _failed(raw, file, checks)
+
+
+def _failed(raw: Mapping[str, Any], file: str, checks: Iterable[tuple[str, Callable, str]]) -> list[Problem]:
+    """The values that are there and are not what they should be."""
     return [
         Problem(f"wrong value for {key}", file, found=repr(raw[key]), allowed=allowed)
         for key, good, allowed in checks

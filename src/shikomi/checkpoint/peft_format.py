@@ -1,6 +1,7 @@
-"""LoRA adapters on disk exactly as PEFT 0.21 has them: adapter_config.json and adapter_model.safetensors.
+"""Adapters on disk exactly as PEFT 0.21 has them: adapter_config.json and adapter_model.safetensors.
 
-Tensor names are `base_model.model.<module path>.` and then `lora_A.weight` (r, in), `lora_B.weight` (out, r),
+Virtual tokens are one tensor, `prompt_embeddings`: (n, H), or for a prefix (n, layers * 2 * kv heads * D). Of LoRA the
+tensor names are `base_model.model.<module path>.` and then `lora_A.weight` (r, in), `lora_B.weight` (out, r),
 `lora_embedding_A` (r, rows), `lora_embedding_B` (columns, r), or `weight` and `bias` for what is trained whole.
 """
 
@@ -20,9 +21,11 @@ from shikomi.errors import BadInput, Problem
 
 WEIGHTS, CARD = "adapter_model.safetensors", "README.md"
 PREFIX = "base_model.model."
+VIRTUAL = "prompt_embeddings"
+KINDS = {"LORA": "A LoRA adapter", "PREFIX_TUNING": "A tuned prefix", "PROMPT_TUNING": "A tuned prompt"}
 
-_LORA = re.compile(r"(?P<module>.+)\.(lora_[AB]\.weight|lora_embedding_[AB])")
-_WITH_NAME = re.compile(r"\.(lora_(?:embedding_)?[AB])\.default(?=\.weight$|$)")
+_LORA = re.compile(r"(?P<module>.+)\.(lora_[AB]\.weight|lora_embedding_[AB]|lora_magnitude_vector)")
+_WITH_NAME = re.compile(r"\.(lora_(?:embedding_)?[AB]|lora_magnitude_vector)\.default(?=\.weight$|$)")
 
 
 class Adapter(NamedTuple):
@@ -52,10 +55,15 @@ def save_adapter(
 ) -> None:
     """Writes adapter_config.json, adapter_model.safetensors and a model card; PEFT loads the folder.
 
-    tensors: PEFT's names, without an adapter name. data, method: a line of the card each.
+    config: PEFT's names; its `peft_type` says the method, without it LoRA. tensors: PEFT's names, without an adapter
+    name. data, method: a line of the card each.
     Raises ValueError for a name that is not PEFT's, TryAgain on a full disk.
     """
-    odd = [name for name in tensors if not name.startswith(PREFIX) or _WITH_NAME.search(name)]
+    lora = config.get("peft_type", "LORA") == "LORA"
+    if lora:
+        odd = [name for name in tensors if not name.startswith(PREFIX) or _WITH_NAME.search(name)]
+    else:
+        odd = [name for name in tensors if name != VIRTUAL]
     if odd:
         raise ValueError(f"not a name in PEFT's format: {odd[0]}")
     target = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
@@ -67,14 +75,14 @@ def save_adapter(
         write_safetensors(temporary, saved)
         temporary.rename(folder / WEIGHTS)
         replace_file(folder / CONFIG, json.dumps(full, indent=2, sort_keys=True).encode())
-        replace_file(folder / CARD, model_card(base_model_name, data, method).encode())
+        replace_file(folder / CARD, model_card(base_model_name, data, method, full["peft_type"]).encode())
 
 
-def model_card(base_model_name: str, data: str = "", method: str = "") -> str:
+def model_card(base_model_name: str, data: str = "", method: str = "", peft_type: str = "LORA") -> str:
     """A README.md with the hub's front matter; parts that are empty are left out."""
     front = f"base_model: {json.dumps(base_model_name, ensure_ascii=False)}\nlibrary_name: peft\n"
-    front += "pipeline_tag: text-generation\ntags:\n- lora\n- shikomi\n"
-    title = f"# A LoRA adapter for {base_model_name}\n"
+    front += f"pipeline_tag: text-generation\ntags:\n- {peft_type.lower().replace('_', '-')}\n- shikomi\n"
+    title = f"# {KINDS[peft_type]} for {base_model_name}\n"
     lines = [f"---\n{front}---\n", title, f"- Base model: {base_model_name}"]
     lines += [f"- {label}: {text}" for label, text in (("Data", data), ("Method", method)) if text]
     lines.append(
@@ -88,13 +96,15 @@ def model_card(base_model_name: str, data: str = "", method: str = "") -> str:
 def load_adapter(folder: Path) -> Adapter:
     """Reads an adapter that PEFT (any version) or this package saved.
 
-    Raises BadInput, every problem at once: files absent, broken or pickled, another method than LoRA, settings under
+    Raises BadInput, every problem at once: files absent, broken or pickled, an unknown method, settings under
     which A and B mean something else, names that are not an adapter's.
     """
     config, notes = read_config(folder)
     weights = folder / WEIGHTS
     if not weights.is_file():
         raise BadInput([_no_weights(folder)])
+    if config["peft_type"] != "LORA":
+        return Adapter(config, _virtual_tokens(weights, config), notes)
     tensors: dict[str, Tensor] = {}
     problems = []
     for name, tensor in read_safetensors(weights).items():
@@ -112,6 +122,18 @@ def load_adapter(folder: Path) -> Adapter:
     if problems:
         raise BadInput(problems)
     return Adapter(config, tensors, notes)
+
+
+def _virtual_tokens(weights: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
+    tensors = read_safetensors(weights)
+    if tensors.keys() != {VIRTUAL}:
+        found, what = ", ".join(sorted(tensors)), "not the tensors of virtual tokens"
+        raise BadInput([Problem(what, str(weights), found=found, allowed=VIRTUAL)])
+    rows, tokens = len(tensors[VIRTUAL]), config["num_virtual_tokens"]
+    if rows != tokens:
+        what = f"{VIRTUAL} has another number of rows than {CONFIG} has num_virtual_tokens"
+        raise BadInput([Problem(what, str(weights), found=str(rows), allowed=str(tokens))])
+    return tensors
 
 
 def _pair(tensors: Mapping[str, Tensor], path: str) -> tuple[Tensor, Tensor] | None:

@@ -1,6 +1,6 @@
 """The directory of one run: its paths, its records, and who may write there.
 
-    recipe.yaml run.json metrics.jsonl log.txt result.json report.html checkpoints/ stages/NN-name/ final/
+recipe.yaml run.json metrics.jsonl log.txt result.json report.html checkpoints/ stages/NN-name/ final/
 """
 
 import json

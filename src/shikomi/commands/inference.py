@@ -1,4 +1,4 @@
-"""generate, predict, chat, eval and merge: using what was trained."""
+"""generate, predict, chat, eval, merge and combine: using what was trained."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ Examples:
   shikomi generate smollm2 "Why is the sky blue?"
   shikomi generate runs/my "Some text"
   echo "Some text" | shikomi generate runs/my -
+  shikomi generate smollm2 "Some text" --adapter legal=runs/legal --adapter plain=runs/plain
 """
 PREDICT = """Answers for all rows of a file, written beside them as JSON lines with the key `prediction`.
 
@@ -65,6 +66,26 @@ Examples:
   shikomi merge runs/my --output my-model
   shikomi merge runs/my --output my-model --dtype bf16
 """
+COMBINE = """Make one LoRA adapter of several of the same base, and save it like PEFT.
+
+\b
+Methods, as PEFT's add_weighted_adapter has them:
+  cat      the weighted sum of the updates, exactly; ranks add up (recommended)
+  svd      the best approximation of that sum with rank --r
+  linear   A and B summed each by itself: small, but not the sum of the updates; needs equal ranks
+  ties     drops small entries, elects signs, averages those that agree (arXiv:2306.01708); needs equal ranks
+  dare_linear, dare_ties   drop entries by chance first (arXiv:2311.03099); magnitude_prune: small ones
+  ties_svd, dare_linear_svd, dare_ties_svd, magnitude_prune_svd   the same on the updates, then svd
+
+DoRA, bottleneck, prefix and prompt adapters do not add up: hold them side by side (Python: model.add_adapter).
+
+\b
+Examples:
+  shikomi combine runs/legal runs/medical -o both
+  shikomi combine runs/a runs/b --weights 0.7,0.3 -o both
+  shikomi combine runs/a runs/b --weights 1,-0.5 -o a-without-b
+  shikomi combine runs/a runs/b runs/c --method ties --density 0.2 --weights 1,1,1 -o all
+"""
 
 Model = Annotated[str, typer.Argument(metavar="MODEL|RUN", help="What answers.")]
 Rows = Annotated[Path, typer.Argument(metavar="FILE", help="Rows: jsonl, json, csv or parquet.")]
@@ -80,6 +101,10 @@ Limit = Annotated[int | None, typer.Option(min=1, help="At most this many rows."
 def generate(
     model: Model,
     text: Annotated[str, typer.Argument(help="The text; - reads it from stdin.")],
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option("--adapter", metavar="NAME=FOLDER", help="An adapter of MODEL; each that is given answers."),
+    ] = None,
     max_new_tokens: NewTokens = 256,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -95,8 +120,21 @@ def generate(
         text = sys.stdin.read().strip()
     if not text.strip():
         raise BadInput([Problem("an empty text", fix='shikomi generate MODEL "Some text"')])
+    pairs = [_named(pair) for pair in adapter or ()]
     with showing(as_json) as progress:
         ready = _open(model, revision, token_env, dtype, device, progress)
+        answers = {}
+        for name, folder in pairs:
+            progress.phase(f"loading {name}")
+            ready.add_adapter(name, folder)
+        for name, _ in pairs:
+            progress.phase(f"generating with {name}")
+            ready.use(name)
+            answers[name] = ready.generate(text, max_new_tokens, temperature, top_p, seed)
+        if pairs:
+            progress.finish()
+            emit({"model": model, "text": text, "answers": answers}) if as_json else _by_name(answers)
+            return
         progress.phase("generating")
         stream = None if as_json else _stream_to_stdout(progress)
         answer = ready.generate(text, max_new_tokens, temperature, top_p, seed, stream)
@@ -223,6 +261,57 @@ def merge(
     for key, value in found.items():
         print(f"{key}: {value:.3g}" if isinstance(value, float) else f"{key}: {value}")
     print(f"merged model: {output}")
+
+
+def combine(
+    adapters: Annotated[list[str], typer.Argument(metavar="RUN", help="Runs, or PEFT adapter folders.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The new adapter folder.")],
+    weights: Annotated[str | None, typer.Option(help="One for each, comma-separated; absent: equal shares.")] = None,
+    method: Annotated[str, typer.Option(help="cat, svd, linear, ties ...: see above.")] = "cat",
+    density: Annotated[float | None, typer.Option(help="Share of entries kept, where some are dropped: 0.5.")] = None,
+    majority_sign_method: Annotated[
+        str, typer.Option(help="How ties elects a sign: total (of the values) or frequency.")
+    ] = "total",
+    r: Annotated[int | None, typer.Option("--r", help="Rank after svd; absent: the largest of the adapters.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of dare.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Refuses a folder that is not empty."""
+    numbers = _numbers(weights) if weights is not None else None
+    with showing(as_json) as progress:
+        progress.phase("importing torch")
+        from shikomi.checkpoint.combine import combine_adapters
+
+        progress.phase("combining")
+        found = combine_adapters(adapters, output, numbers, method, density, majority_sign_method, r, seed)
+    if as_json:
+        emit(found)
+        return
+    for part in found["adapters"]:
+        print(f"{part['weight']:g} x {part['adapter']}")
+    print(f"{method}, rank {found['r']}, {found['modules']} modules, {found['parameters']:,} parameters")
+    for note in found["notes"]:
+        print(f"note: {note}")
+    print(f"adapter: {output}")
+
+
+def _named(pair: str) -> tuple[str, str]:
+    name, separator, folder = pair.partition("=")
+    if not (name and separator and folder):
+        raise BadInput([Problem("--adapter: not a name with a folder", found=repr(pair), allowed="NAME=FOLDER")])
+    return name, folder
+
+
+def _by_name(answers: dict[str, str]) -> None:
+    for name, answer in answers.items():
+        print(f"{name}: {answer}")
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in split_list(text)]
+    except ValueError as error:
+        raise BadInput([Problem("--weights: not numbers", found=repr(text), allowed="such as 0.7,0.3")]) from error
 
 
 def _open(

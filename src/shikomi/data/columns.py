@@ -123,37 +123,62 @@ def _parse_templates(given: tuple[tuple[str, str], ...]) -> dict[str, ColumnTemp
 
 def column_templates(spec: DataSpec) -> dict[str, ColumnTemplate]:
     """The recipe's templates by key (system, prompt, completion). Raises BadInput for a malformed one."""
-    given = (("system", spec.system), ("prompt", spec.prompt), ("completion", spec.completion))
-    return _parse_templates(tuple((key, source) for key, source in given if source is not None))
+    return _given((("system", spec.system), ("prompt", spec.prompt), ("completion", spec.completion)))
+
+
+def pair_templates(spec: DataSpec) -> dict[str, ColumnTemplate]:
+    """The recipe's templates for pairs: system, prompt, chosen, rejected, margin."""
+    answers = (("chosen", spec.chosen), ("rejected", spec.rejected), ("margin", spec.margin))
+    return _given((("system", spec.system), ("prompt", spec.prompt), *answers))
+
+
+def thumb_templates(spec: DataSpec) -> dict[str, ColumnTemplate]:
+    """The recipe's templates for judged answers: system, prompt, completion, desirable."""
+    return column_templates(spec) | _given((("desirable", spec.desirable),))
+
+
+def _given(sources: tuple[tuple[str, str | None], ...]) -> dict[str, ColumnTemplate]:
+    return _parse_templates(tuple((key, source) for key, source in sources if source is not None))
 
 
 def read_columns(row: Mapping[str, Any], spec: DataSpec, labels: tuple[str, ...] | None, answer: bool) -> Parsed:
     templates = column_templates(spec)
-    needed = [key for key in ("prompt", "completion") if key not in templates]
-    if needed:
-        raise BadInput(
-            [
-                Problem(
-                    what=f"format columns needs a template in data.{key}",
-                    allowed='for example prompt: "Classify: {text}" and completion: "{label}"',
-                    fix=f"columns of this file: {', '.join(map(str, row))}",
-                )
-                for key in needed
-            ]
-        )
-    used = [t for key, t in templates.items() if answer or key != "completion"]
-    problems = [problem for template in used for problem in template.missing(row)]
+    check_needed(templates, {"prompt": "Classify: {text}", "completion": "{label}"}, row)
+    texts, problems = fill_all([t for key, t in templates.items() if answer or key != "completion"], row, labels)
     if problems:
         return None, problems
-    texts = {template.key: template.fill(row, labels) for template in used}
-    for template in used:
+    return prompt_answer(texts.get("system"), texts["prompt"], texts.get("completion"), texts["prompt"])
+
+
+def check_needed(templates: Mapping[str, ColumnTemplate], needed: Mapping[str, str], row: Mapping[str, Any]) -> None:
+    """Raises BadInput that names the templates which are not given; `needed` holds an example of each."""
+    allowed = " and ".join(f'{key}: "{example}"' for key, example in needed.items())
+    missing = [
+        Problem(
+            what=f"format columns needs a template in data.{key}",
+            allowed=f"for example {allowed}",
+            fix=f"columns of this file: {', '.join(map(str, row))}",
+        )
+        for key in needed
+        if key not in templates
+    ]
+    if missing:
+        raise BadInput(missing)
+
+
+def fill_all(
+    templates: Sequence[ColumnTemplate], row: Mapping[str, Any], labels: tuple[str, ...] | None
+) -> tuple[dict[str, str], list[Problem]]:
+    """(the text of each template for this row, or none of them; what is wrong with the cells that they use)."""
+    problems = [problem for template in templates for problem in template.missing(row)]
+    if problems:
+        return {}, problems
+    texts = {template.key: template.fill(row, labels) for template in templates}
+    for template in templates:
         for name in dict.fromkeys(template.columns):
             text = cell_text(row[name])
             problem = text_problem(text, f"column `{name}`")
             if problem is None and not text.strip():
                 problem = Problem(what=f"column `{name}` is empty", found=repr(row[name]), allowed="text")
             problems += [problem] if problem else []
-    answer_text = texts.get("completion")
-    if problems:
-        return None, problems
-    return prompt_answer(texts.get("system"), texts["prompt"], answer_text, texts["prompt"])
+    return ({} if problems else texts), problems

@@ -25,6 +25,17 @@ class Conversation:
     label: str | None = None
     completion_from: int = 0
 
+    @property
+    def identity(self) -> list[Any]:
+        """What makes two rows copies of each other, as JSON data: they stay on one side of a split."""
+        return [self.messages, self.tools, self.text]
+
+    @property
+    def question(self) -> list[Any]:
+        """What the answer answers, as JSON data."""
+        implicit = self.plain[0] if self.plain is not None and not self.messages else self.text
+        return [self.messages[: self.completion_from], self.tools, implicit]
+
 
 Parsed = tuple[Conversation | None, list[Problem]]
 """A row as a conversation, or None and what is wrong with it."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from shikomi.data.columns import cell_text
 from shikomi.data.formats import METADATA, label_set, recognise
+from shikomi.data.preferences import recognise_preference
 from shikomi.data.problems import Problems
 from shikomi.data.sources import files, rows
 from shikomi.errors import BadInput, Problem
@@ -74,7 +75,7 @@ def detect(path: str | Path) -> Detected:
     if not read:
         raise BadInput([Problem(what="there are no rows", file=str(path))])
     columns = list(dict.fromkeys(str(key) for row in read for key in row))
-    kinds = {recognise(row) for row in read}
+    kinds = {recognise_preference(row) or recognise(row) for row in read}
     kind = kinds.pop() if len(kinds) == 1 else None
     if kind is not None:
         spec = DataSpec(train=(source,))

@@ -24,7 +24,7 @@ ALPACA_PROMPT_WITH_INPUT = (
 
 
 def _text(row: Mapping[str, Any], answer: bool) -> Parsed:
-    problem = _string_problem(row, "text")
+    problem = string_problem(row, "text")
     return (None, [problem]) if problem else (Conversation(text=row["text"]), [])
 
 
@@ -40,8 +40,10 @@ def _sharegpt(row: Mapping[str, Any], answer: bool) -> Parsed:
 
 def _turns(row: Mapping[str, Any], key: str, role_key: str, content_key: str, answer: bool) -> Parsed:
     if not isinstance(row.get(key), list):
-        return None, [Problem(what=f"`{key}` is not a list", found=_type(row.get(key)), allowed="a list of messages")]
-    messages, problems = _parse_all(row[key], role_key, content_key)
+        return None, [
+            Problem(what=f"`{key}` is not a list", found=type_name(row.get(key)), allowed="a list of messages")
+        ]
+    messages, problems = parse_all(row[key], role_key, content_key)
     if isinstance(row.get("system"), str) and row["system"].strip() and not problems:
         if not messages or messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": row["system"]})
@@ -60,7 +62,8 @@ def _turns(row: Mapping[str, Any], key: str, role_key: str, content_key: str, an
     return (None if problems else Conversation(messages=tuple(messages), tools=tools)), problems
 
 
-def _parse_all(turns: list[Any], role_key: str = "role", content_key: str = "content") -> tuple[list[Any], list]:
+def parse_all(turns: list[Any], role_key: str = "role", content_key: str = "content") -> tuple[list[Any], list]:
+    """(good messages, problems) of a list of turns."""
     messages, problems = [], []
     for number, raw in enumerate(turns, start=1):
         message, found = parse_message(raw, number, role_key, content_key)
@@ -73,25 +76,25 @@ def _parse_all(turns: list[Any], role_key: str = "role", content_key: str = "con
 def _prompt_completion(row: Mapping[str, Any], answer: bool) -> Parsed:
     prompt, completion = row.get("prompt"), row.get("completion")
     if isinstance(prompt, list) or isinstance(completion, list):
-        return _messageprompt_answer(row, answer)
-    problems = [p for p in (_string_problem(row, "prompt"), answer and _string_problem(row, "completion")) if p]
+        return _messages_answer(row, answer)
+    problems = [p for p in (string_problem(row, "prompt"), answer and string_problem(row, "completion")) if p]
     if problems:
         return None, problems
     return prompt_answer(row.get("system"), row["prompt"], completion if answer else None, row["prompt"])
 
 
-def _messageprompt_answer(row: Mapping[str, Any], answer: bool) -> Parsed:
+def _messages_answer(row: Mapping[str, Any], answer: bool) -> Parsed:
     """{"prompt": [messages], "completion": [messages]}: only the completion is trained."""
     completion = row.get("completion") if answer or isinstance(row.get("completion"), list) else []
     if not isinstance(row["prompt"], list) or not isinstance(completion, list):
         return None, [
             Problem(
                 what="prompt and completion are of different kinds",
-                found=f"prompt {_type(row['prompt'])}, completion {_type(row.get('completion'))}",
+                found=f"prompt {type_name(row['prompt'])}, completion {type_name(row.get('completion'))}",
                 allowed="two strings, or two lists of messages",
             )
         ]
-    messages, problems = _parse_all([*row["prompt"], *completion])
+    messages, problems = parse_all([*row["prompt"], *completion])
     tools, problem = parse_tools(row.get("tools"))
     problems += [problem] if problem else []
     problems = problems or conversation_problems(messages, answer=False)
@@ -105,10 +108,10 @@ def _messageprompt_answer(row: Mapping[str, Any], answer: bool) -> Parsed:
 
 
 def _alpaca(row: Mapping[str, Any], answer: bool) -> Parsed:
-    problems = [p for p in (_string_problem(row, "instruction"), answer and _string_problem(row, "output")) if p]
+    problems = [p for p in (string_problem(row, "instruction"), answer and string_problem(row, "output")) if p]
     given = row.get("input") or ""
     if not isinstance(given, str):
-        problems.append(Problem(what="`input` is not text", found=_type(given), allowed="a string, or nothing"))
+        problems.append(Problem(what="`input` is not text", found=type_name(given), allowed="a string, or nothing"))
     if problems:
         return None, problems
     instruction = row["instruction"]
@@ -118,16 +121,18 @@ def _alpaca(row: Mapping[str, Any], answer: bool) -> Parsed:
     return prompt_answer(row.get("system"), prompt, row["output"] if answer else None, plain)
 
 
-def _string_problem(row: Mapping[str, Any], key: str) -> Problem | None:
+def string_problem(row: Mapping[str, Any], key: str) -> Problem | None:
+    """What is wrong with a cell that has to hold text."""
     value = row.get(key)
     if not isinstance(value, str):
-        return Problem(what=f"`{key}` is not text", found=_type(value), allowed="a string")
+        return Problem(what=f"`{key}` is not text", found=type_name(value), allowed="a string")
     if not value.strip():
         return Problem(what=f"`{key}` is empty", found=repr(value[:20]), allowed="text", fix="remove the row")
     return text_problem(value, f"`{key}`")
 
 
-def _type(value: Any) -> str:
+def type_name(value: Any) -> str:
+    """What a JSON value is, in words."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "nothing"}
     return names.get(type(value), "a number")
 
@@ -146,5 +151,7 @@ KEYS = {
     "sharegpt": ("conversations", "tools", "system"),
     "alpaca": ("instruction", "input", "output", "system"),
     "prompt_completion": ("prompt", "completion", "tools", "system"),
+    "preference": ("prompt", "chosen", "rejected", "margin", "tools", "system"),
+    "unpaired_preference": ("prompt", "completion", "label", "tools", "system"),
 }
 """Columns that each format reads."""

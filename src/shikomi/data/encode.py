@@ -5,52 +5,35 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from shikomi.data.answers import (
+    Answers,
+    RenderedAnswer,
+    answer_pieces,
+    check_one_prompt,
+    join_answers,
+    split_answer,
+)
 from shikomi.data.conversation import Conversation
 from shikomi.data.pieces import Piece, TextTokenizer
+from shikomi.data.render import Encoded, Rendered, cut_pieces, join_pieces, leading_ids
 from shikomi.data.template import (
     chat_template_of,
     special_variables,
     wants_text_arguments,
     with_text_arguments,
 )
-from shikomi.data.turns import PROBE_PROMPT, Layout, TurnFinder
+from shikomi.data.turns import PROBE_PROMPT, TurnFinder
 from shikomi.errors import BadInput, Problem
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from shikomi.data.preferences import Preference
+
 VERSION = 1
 """Part of every cache key: raise it when the same row would be encoded differently."""
-
-
-@dataclass(frozen=True, eq=False)
-class Encoded:
-    """ids (S,) int32; mask (S,) bool: True where the token is a trained target; cut: tokens lost to
-    max_length.
-
-    `targets_cut` counts the trained targets among those lost. `special_text`: the row holds special-token
-    strings, which were encoded as ordinary text.
-    """
-
-    ids: np.ndarray
-    mask: np.ndarray
-    cut: int = 0
-    targets_cut: int = 0
-    special_text: bool = False
-
-
-@dataclass(frozen=True)
-class _Rendered:
-    """A row before tokenisation: pieces between token ids that stand for no text; the suffix is trained."""
-
-    pieces: tuple[Piece, ...]
-    prefix: tuple[int, ...] = ()
-    suffix: tuple[int, ...] = ()
 
 
 class Encoder:
@@ -86,7 +69,7 @@ class Encoder:
         self.notes: list[str] = []
         self._chat = chat
         self._tokens = TextTokenizer(tokenizer.backend_tokenizer)
-        self._bos = _leading_ids(tokenizer)
+        self._bos = leading_ids(tokenizer)
         self.template = None if chat == "never" else chat_template_of(tokenizer, template)
         if self.template is None and chat == "always":
             raise BadInput(
@@ -142,8 +125,19 @@ class Encoder:
         """
         if conversation.text is not None:
             return False
-        if self._finder is not None:
+        implicit = not conversation.messages and conversation.plain is not None
+        if self._finder is not None and not implicit:
             return True
+        if implicit and self._chat == "always":
+            raise BadInput(
+                [
+                    Problem(
+                        what="a pair of strings without `prompt` cannot go through a chat template",
+                        allowed="chat: auto or never, or pairs with `prompt`",
+                        fix="add the prompt to the row",
+                    )
+                ]
+            )
         if conversation.plain is None:
             reason = "chat: never" if self._chat == "never" else "a tokenizer without a chat template"
             raise BadInput(
@@ -166,42 +160,73 @@ class Encoder:
 
     def encode_many(self, conversations: Sequence[Conversation]) -> list[Encoded | BadInput]:
         """Many rows, tokenised in one batch; a row that the template refuses gives its BadInput."""
-        rendered: list[_Rendered | BadInput] = []
+        rendered: list[Rendered | BadInput] = []
         for conversation in conversations:
             try:
                 rendered.append(self._render(conversation))
             except BadInput as error:
                 rendered.append(error)
-        encoded = iter(self._tokens.encode([p for r in rendered if isinstance(r, _Rendered) for p in r.pieces]))
+        encoded = iter(self._tokens.encode([p for r in rendered if isinstance(r, Rendered) for p in r.pieces]))
         everything = self.train_on == "everything"
         return [
-            r if isinstance(r, BadInput) else _join(r, [next(encoded) for _ in r.pieces], everything, self.max_length)
+            r
+            if isinstance(r, BadInput)
+            else join_pieces(r, [next(encoded) for _ in r.pieces], everything, self.max_length)
             for r in rendered
+        ]
+
+    def encode_pair(self, pair: Preference) -> Answers:
+        """One pair: its prompt, its chosen and its rejected answer. Raises BadInput when the template refuses it."""
+        result = self.encode_answers([pair.answers])[0]
+        if isinstance(result, BadInput):
+            raise result
+        return result
+
+    def encode_answers(self, rows: Sequence[Sequence[Conversation]]) -> list[Answers | BadInput]:
+        """Many rows of answers to one prompt, tokenised in one batch.
+
+        Prompt and answer are tokenised apart, as a model sees them that generates the answer: the prompt's tokens are
+        the beginning of both. Each answer is cut so that it fits into `max_length` behind the prompt. `train_on`:
+        all assistant turns of the answer | only its last | everything (every token of the answer, as TRL).
+        """
+        rendered: list[list[RenderedAnswer] | BadInput] = []
+        for answers in rows:
+            try:
+                found = [self._render_answer(answer) for answer in answers]
+                check_one_prompt(found, self.template.name if self.template else "the text")
+                rendered.append(found)
+            except BadInput as error:
+                rendered.append(error)
+        pieces = [p for row in rendered if isinstance(row, list) for p in answer_pieces(row)]
+        encoded = iter(self._tokens.encode(pieces))
+        return [
+            row if isinstance(row, BadInput) else join_answers(row, encoded, self._tokens, self.max_length)
+            for row in rendered
         ]
 
     def encode_prompt(self, conversation: Conversation) -> list[int]:
         """Everything before the answer, generation prompt included: the ids that training has before it."""
         if not self.as_chat(conversation):
             text = conversation.text if conversation.text is not None else _plain(conversation)[0]
-            rendered = _Rendered((self._piece(text, first=True),), self._bos)
+            rendered = Rendered((self._piece(text, first=True),), self._bos)
         else:
             assert self._finder is not None
             messages = list(conversation.messages)
             if messages and messages[-1]["role"] == "assistant":
                 messages.pop()
             clean, tools, marked = self._clean(messages, conversation.tools)
-            rendered = _Rendered(_cut(self._finder.prompt(clean, tools), marked))
-        return _join(rendered, self._tokens.encode(rendered.pieces), False, None).ids.tolist()
+            rendered = Rendered(cut_pieces(self._finder.prompt(clean, tools), marked))
+        return join_pieces(rendered, self._tokens.encode(rendered.pieces), False, None).ids.tolist()
 
     def encode_answer(self, text: str) -> list[int]:
         """The trained tokens of an answer, end of turn included, as they follow the generation prompt."""
         if text not in self._answers:
             if self._finder is None:
-                rendered = _Rendered((self._piece(text, first=False, trained=True),), suffix=(self._eos(),))
+                rendered = Rendered((self._piece(text, first=False, trained=True),), suffix=(self._eos(),))
             else:
                 turns = ({"role": "user", "content": PROBE_PROMPT}, {"role": "assistant", "content": text})
                 rendered = self._render_chat(Conversation(turns), {1})
-            encoded = _join(rendered, self._tokens.encode(rendered.pieces), False, None)
+            encoded = join_pieces(rendered, self._tokens.encode(rendered.pieces), False, None)
             # without a prompt the first token of a plain answer is token 0, which is never a target
             self._answers[text] = encoded.ids[encoded.mask if self._finder else slice(None)].tolist()
         return list(self._answers[text])
@@ -212,20 +237,35 @@ class Encoder:
         end = next((k for k, token in enumerate(ids) if token in stops), len(ids))
         return self.tokenizer.decode(list(ids[:end]), skip_special_tokens=True).strip()
 
-    def _render(self, conversation: Conversation) -> _Rendered:
+    def _render(self, conversation: Conversation) -> Rendered:
         if conversation.text is not None:
-            return _Rendered((self._piece(conversation.text, True, trained=True),), self._bos, (self._eos(),))
+            return Rendered((self._piece(conversation.text, True, trained=True),), self._bos, (self._eos(),))
         if not self.as_chat(conversation):
             prompt, completion = _plain(conversation)
             pieces = (self._piece(prompt, first=True), self._piece(completion, first=not prompt, trained=True))
-            return _Rendered(pieces, self._bos, (self._eos(),))
+            return Rendered(pieces, self._bos, (self._eos(),))
         return self._render_chat(conversation, self._trained(conversation))
 
-    def _render_chat(self, conversation: Conversation, trained: set[int]) -> _Rendered:
+    def _render_chat(self, conversation: Conversation, trained: set[int]) -> Rendered:
         assert self._finder is not None
         messages, tools, marked = self._clean(conversation.messages, conversation.tools)
         layout = self._finder.find(messages, tools, trained)
-        return _Rendered(_cut(layout, marked), suffix=(self._eos(),) if layout.lacks_end else ())
+        return Rendered(cut_pieces(layout, marked), suffix=(self._eos(),) if layout.lacks_end else ())
+
+    def _render_answer(self, conversation: Conversation) -> RenderedAnswer:
+        everything = self.train_on == "everything"
+        if not self.as_chat(conversation):
+            prompt, answer = _plain(conversation)
+            after = self._piece(answer, first=not prompt, trained=True)
+            return RenderedAnswer((self._piece(prompt, first=True),), (after,), everything, self._bos, (self._eos(),))
+        assert self._finder is not None
+        first = conversation.completion_from
+        turns = {i for i, m in enumerate(conversation.messages) if m["role"] == "assistant" and i >= first}
+        messages, tools, marked = self._clean(conversation.messages, conversation.tools)
+        layout = self._finder.find(messages, tools, turns)
+        wanted = turns if everything else self._trained(conversation)
+        suffix = (self._eos(),) if layout.lacks_end else ()
+        return split_answer(layout, first, wanted, marked, everything, suffix)
 
     def _trained(self, conversation: Conversation) -> set[int]:
         """Numbers of the messages whose text is trained."""
@@ -274,45 +314,3 @@ _REASONING = ("reasoning_content", "thinking", "reasoning")
 def _plain(conversation: Conversation) -> tuple[str, str]:
     assert conversation.plain is not None
     return conversation.plain
-
-
-def _cut(layout: Layout, marked: bool) -> tuple[Piece, ...]:
-    """The text in pieces, one beginning at each cut."""
-    trained = {answer.start: answer.end - answer.start for answer in layout.answers}
-    bounds = sorted({0, *layout.cuts, len(layout.text)})
-    return tuple(
-        Piece(layout.text[a:b], trained.get(a, 0), starts_text=a == 0, marked=marked)
-        for a, b in zip(bounds, bounds[1:], strict=False)
-    )
-
-
-def _join(
-    rendered: _Rendered,
-    encoded: Sequence[tuple[np.ndarray, np.ndarray]],
-    everything: bool,
-    max_length: int | None,
-) -> Encoded:
-    """Put the pieces of a row together, without a target at token 0, and cut it to `max_length`."""
-    prefix, suffix = np.asarray(rendered.prefix, np.int32), np.asarray(rendered.suffix, np.int32)
-    ids = np.concatenate([prefix, *(e[0] for e in encoded), suffix])
-    mask = np.concatenate([np.zeros(len(prefix), bool), *(e[1] for e in encoded), np.ones(len(suffix), bool)])
-    if everything:
-        mask[:] = True
-    mask[:1] = False
-    kept = len(ids) if max_length is None else min(len(ids), max_length)
-    return Encoded(
-        ids[:kept],
-        mask[:kept],
-        cut=len(ids) - kept,
-        targets_cut=int(np.count_nonzero(mask[kept:])),
-        special_text=any(piece.marked for piece in rendered.pieces),
-    )
-
-
-def _leading_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """What the tokenizer puts before a text (a beginning-of-text token, or nothing)."""
-    bare, full = tokenizer.encode("a", add_special_tokens=False), tokenizer.encode("a")
-    for start in range(len(full) - len(bare) + 1):
-        if full[start : start + len(bare)] == bare:
-            return tuple(full[:start])
-    return ()

@@ -23,6 +23,9 @@ Where = tuple[str, int]
 METADATA = frozenset({"id", "idx", "index", "uuid", "meta", "metadata", "source", "url", "timestamp", "date", "lang"})
 """Columns that may stand beside `text` without making it doubtful that the text alone is to be learned."""
 
+PREFERENCES = ("preference", "unpaired_preference")
+"""Formats that only objectives for preferences read."""
+
 _ALLOWED_KEYS = (
     "messages | conversations | prompt, completion | instruction, output | text | any columns, with "
     "data.prompt and data.completion in the recipe"
@@ -50,24 +53,14 @@ def row_format(row: Mapping[str, Any], spec: DataSpec, where: Where, answer: boo
 
     Raises BadInput for rows of other methods and for keys that no format has.
     """
+    if spec.format in PREFERENCES:
+        raise BadInput([_preferences(where, f"data.format: {spec.format}")])
     if spec.format != "auto":
         return spec.format
     if spec.prompt is not None or spec.completion is not None or spec.system is not None:
         return "columns"
-    file, line = where
     if {"chosen", "rejected"} & set(row) or ("label" in row and isinstance(row["label"], bool) and "prompt" in row):
-        raise BadInput(
-            [
-                Problem(
-                    what="this is a row of preferences, which this objective does not train on",
-                    file=file,
-                    line=line,
-                    found=f"keys {_keys(row)}",
-                    allowed=_ALLOWED_KEYS,
-                    fix="choose an objective for preferences, or keep the good answers as prompt, completion",
-                )
-            ]
-        )
+        raise BadInput([_preferences(where, f"keys {_keys(row)}")])
     found = recognise(row, answer)
     if found is None:
         hint = _key_hint(row)
@@ -75,8 +68,8 @@ def row_format(row: Mapping[str, Any], spec: DataSpec, where: Where, answer: boo
             [
                 Problem(
                     what="the keys of this row are of no known format",
-                    file=file,
-                    line=line,
+                    file=where[0],
+                    line=where[1],
                     found=_keys(row),
                     allowed=_ALLOWED_KEYS,
                     fix=hint,
@@ -148,6 +141,17 @@ def _label_problems(answer: str, labels: tuple[str, ...]) -> list[Problem]:
             fix=f"did you mean `{close}`?" if close else "add it to data.labels, or correct the row",
         )
     ]
+
+
+def _preferences(where: Where, found: str) -> Problem:
+    return Problem(
+        what="this is a row of preferences, which this objective does not train on",
+        file=where[0],
+        line=where[1],
+        found=found,
+        allowed=_ALLOWED_KEYS,
+        fix="choose an objective for preferences, or keep the good answers as prompt, completion",
+    )
 
 
 def _keys(row: Mapping[str, Any]) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -82,6 +83,19 @@ class Packed:
         )
 
 
+def with_root(packed: Packed, n: int) -> Packed:
+    """The same micro-batch with one segment of n tokens (ids 0) in front, the parent of all that had none."""
+    device = packed.positions.device
+    return replace(
+        packed,
+        ids=torch.cat([packed.ids.new_zeros(n), packed.ids]),
+        positions=torch.cat([torch.arange(n, device=device), packed.positions + n]),
+        lengths=[n, *packed.lengths],
+        parents=[-1, *(parent + 1 for parent in packed.parents)],
+        scored=packed.scored + n,
+    )
+
+
 class _Row:
     """The growing row of a micro-batch: segments in row order, scored pairs per example."""
 
@@ -116,6 +130,15 @@ class _Row:
                 raise ValueError("the first token of an example cannot be a trained target: nothing predicts it")
             rows[0] = self.offsets[parent] + self.lengths[parent] - 1
         self.pairs[number] = (rows, self.ids[segment][own_targets])
+
+    def score_path(self, number: int, segment: int) -> None:
+        """Score all tokens of a segment and of its ancestors but the very first, for example `number`."""
+        path: list[int] = []
+        while segment >= 0:
+            path.insert(0, segment)
+            segment = self.parents[segment]
+        rows = np.concatenate([np.arange(self.lengths[k]) + self.offsets[k] for k in path])
+        self.pairs[number] = (rows[:-1], np.concatenate([self.ids[k] for k in path])[1:])
 
     def finish(self, rows: list[int], n_tokens: int) -> Packed:
         numbers = sorted(self.pairs)
@@ -219,6 +242,23 @@ def pack_tree(
 
     Raises ValueError for an empty prompt or completion.
     """
+    scored = [[np.arange(len(completion)) for completion in several] for several in completions]
+    return pack_scored_tree(prompts, completions, scored, share_prefix)[0]
+
+
+def pack_scored_tree(
+    prompts: Sequence[Sequence[int] | np.ndarray],
+    completions: Sequence[Sequence[Sequence[int] | np.ndarray]],
+    scored: Sequence[Sequence[np.ndarray]],
+    share_prefix: bool = True,
+    prompts_scored: Sequence[int] = (),
+) -> tuple[Packed, list[int]]:
+    """`pack_tree` in which only the completion tokens at the indices `scored` are scored.
+
+    The prompts at the indices `prompts_scored` are scored too, but for their first token; their segment numbers follow
+    those of the completions. The second value: which segment of the row is each completion. Raises ValueError for an
+    empty prompt or completion.
+    """
     if not prompts or len(prompts) != len(completions):
         raise ValueError(f"{len(prompts)} prompts with {len(completions)} lists of completions: equal, at least 1")
     if any(not len(p) for p in prompts) or any(not len(c) for several in completions for c in several):
@@ -228,33 +268,43 @@ def pack_tree(
     if share_prefix:
         groups = _prefix_groups(prompt_ids, [len(p) - 1 for p in prompt_ids])
     first_number = np.cumsum([0] + [len(several) for several in completions])
+    prompt_number = {i: int(first_number[-1]) + k for k, i in enumerate(prompts_scored)}
     row, n_tokens = _Row(), 0
+    segments = [0] * int(first_number[-1])
     for members, prefix in groups:
         ancestor = row.add(prompt_ids[members[0]][:prefix]) if prefix else -1
         for i in members:
             parent = row.add(prompt_ids[i][prefix:], ancestor)
+            if i in prompt_number:
+                row.score_path(prompt_number[i], parent)
             for j, completion in enumerate(completions[i]):
-                segment = row.add(np.asarray(completion, np.int32), parent)
-                row.score(int(first_number[i]) + j, segment, np.arange(len(completion)))
+                number = int(first_number[i]) + j
+                segments[number] = row.add(np.asarray(completion, np.int32), parent)
+                row.score(number, segments[number], scored[i][j])
                 n_tokens += len(prompt_ids[i]) + len(completion)
-    return row.finish(list(range(int(first_number[-1]))), n_tokens)
+    return row.finish(list(range(int(first_number[-1]))), n_tokens), segments
 
 
-def micro_batches(examples: Sequence[Example], micro_batch_tokens: int) -> list[list[Example]]:
+BatchedT = TypeVar("BatchedT", bound=Sized)
+
+
+def micro_batches(
+    examples: Sequence[BatchedT], micro_batch_tokens: int, tokens: Callable[[BatchedT], int] = len
+) -> list[list[BatchedT]]:
     """Distribute examples over micro-batches of at most `micro_batch_tokens` tokens, first-fit decreasing.
 
     A longer example gets a micro-batch of its own. The fullest micro-batch comes first: if that one fits in
-    memory, all do.
+    memory, all do. `tokens` is how many an example counts for.
     """
-    batches: list[list[Example]] = []
+    batches: list[list[BatchedT]] = []
     room: list[int] = []
-    for example in sorted(examples, key=len, reverse=True):
-        at = next((k for k, free in enumerate(room) if free >= len(example)), None)
+    for example in sorted(examples, key=tokens, reverse=True):
+        at = next((k for k, free in enumerate(room) if free >= tokens(example)), None)
         if at is None:
             batches.append([])
             room.append(micro_batch_tokens)
             at = len(batches) - 1
         batches[at].append(example)
-        room[at] -= len(example)
+        room[at] -= tokens(example)
     by_size = sorted(range(len(batches)), key=lambda k: room[k])
     return [batches[k] for k in by_size]

@@ -19,6 +19,9 @@ from shikomi.errors import BadInput, Problem
 
 _ANCHORS = ("\n", "a", "0", ".")
 
+_WINDOW = 64
+"""Characters on each side of a border that are looked at."""
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -120,6 +123,14 @@ class TextTokenizer:
         raise BadInput(
             [Problem(what="the tokenizer does not encode this turn apart from the one before", found=piece.text[:40])]
         )
+
+    def joins(self, before: Piece, after: Piece) -> bool:
+        """Whether the two texts, tokenised as one, have a token that lies in both."""
+        if before.marked or after.marked or not before.text or not after.text:
+            return False
+        left, right = before.text[-_WINDOW:], after.text[:_WINDOW]
+        offsets = self.backend.encode(left + right, add_special_tokens=False).offsets
+        return any(start < len(left) < end for start, end in offsets)
 
     def _unmark(self, piece: Piece) -> Piece:
         """Rename the template's special tokens to what `_renamed` calls them, and drop the marks."""

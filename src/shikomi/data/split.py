@@ -6,9 +6,17 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any, Protocol
 
-from shikomi.data.conversation import Conversation
 from shikomi.errors import BadInput, Problem
+
+
+class Splittable(Protocol):
+    """A row: a conversation, or one or two answers to a prompt."""
+
+    @property
+    def identity(self) -> list[Any]:
+        """JSON data that rows share which must stay on one side: all of a conversation, the prompt of a preference."""
 
 
 @dataclass(frozen=True)
@@ -19,30 +27,31 @@ class Split:
     seed: int
     threshold: int
 
-    def __contains__(self, conversation: Conversation) -> bool:
-        return (row_key(conversation, self.seed) <= self.threshold) == (self.side == "validation")
+    def __contains__(self, row: Splittable) -> bool:
+        return (row_key(row, self.seed) <= self.threshold) == (self.side == "validation")
 
 
-def row_key(conversation: Conversation, seed: int) -> int:
-    """A number below 2**64 from the row's content and the seed."""
-    content = [conversation.messages, conversation.tools, conversation.text, seed]
+def row_key(row: Splittable, seed: int) -> int:
+    """A number below 2**64 from the row's identity and the seed."""
+    content = [*row.identity, seed]
     digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).digest()
     return int.from_bytes(digest[:8], "big")
 
 
-def split_rows(conversations: Iterable[Conversation], fraction: float, seed: int) -> tuple[Split, Split]:
+def split_rows(rows: Iterable[Splittable], fraction: float, seed: int) -> tuple[Split, Split]:
     """(training side, validation side) with the given share of the rows for validation, at least one on each side.
 
-    Copies of a row may make the validation side a little larger. Raises BadInput for fewer than two different rows.
+    Copies of a row (preferences: rows with the same prompt) may make the validation side a little larger. Raises
+    BadInput for fewer than two different rows.
     """
-    keys = sorted(row_key(conversation, seed) for conversation in conversations)
+    keys = sorted(row_key(row, seed) for row in rows)
     if not keys or keys[0] == keys[-1]:
         raise BadInput(
             [
                 Problem(
                     what="a validation set cannot be split off",
                     found=f"{len(keys)} rows" + (", all the same" if len(keys) > 1 else ""),
-                    allowed="at least 2 different rows",
+                    allowed="at least 2 different rows (preferences: 2 different prompts)",
                     fix="remove data.validation, or name a file",
                 )
             ]

@@ -7,8 +7,8 @@ templates write after that token is not trained, because generation has stopped 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from shikomi.data.pieces import TextTokenizer
@@ -31,14 +31,16 @@ class Answer:
 class Layout:
     """A rendered conversation: its text, the answers to train, where to cut it for the tokenizer.
 
-    Cuts are the ends of the generation prompts of all assistant turns, trained or not. `lacks_end`: the
-    template writes no end of turn after the last answer; the text stops at that answer.
+    Cuts are the ends of the generation prompts of all assistant turns, trained or not; `starts` has them by message,
+    where the text begins with that prompt. `lacks_end`: the template writes no end of turn after the last answer; the
+    text stops at that answer.
     """
 
     text: str
     answers: tuple[Answer, ...]
     cuts: tuple[int, ...]
     lacks_end: bool = False
+    starts: Mapping[int, int] = field(default_factory=dict)
 
 
 class TurnFinder:
@@ -105,7 +107,7 @@ class TurnFinder:
             answers.append(Answer(index, starts[index], end))
             if is_last and end_of_turn is None:
                 lacks_end, text = True, text[:end]
-        return Layout(text, tuple(answers), tuple(sorted(starts.values())), lacks_end)
+        return Layout(text, tuple(answers), tuple(sorted(starts.values())), lacks_end, starts)
 
     def _starts(self, text: str, messages: Sequence[Message], tools: list[Any] | None) -> dict[int, int]:
         """End of the generation prompt of each assistant turn, where that prompt is how the text begins."""
@@ -170,7 +172,7 @@ class TurnFinder:
             if (index in trained or (index < 0 and not stable)) and start < end:
                 answers.append(Answer(index, start, end))
         cuts = {*starts.values(), *(a.start for a in answers)}
-        return Layout(text, tuple(answers), tuple(sorted(cuts)))
+        return Layout(text, tuple(answers), tuple(sorted(cuts)), starts=starts)
 
     def _span_end(self, text: str, start: int, end: int) -> int:
         """The marked part without white space after its end of turn; with an end of turn that stands right

@@ -15,6 +15,7 @@ from shikomi.data.packing import Example, micro_batches, pack, pack_tree
 from shikomi.errors import BadInput, Problem
 from shikomi.evaluate.baselines import answer_of
 from shikomi.evaluate.labels import MICRO_BATCH_TOKENS, prompt_groups, score_labels
+from shikomi.evaluate.outcomes import label_nll
 from shikomi.metrics import Measurement, Metric, measure
 from shikomi.model.language_model import LanguageModel
 from shikomi.progress import Progress, Silent
@@ -62,6 +63,7 @@ class Evaluation:
     seconds: float
     notes: tuple[str, ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
+    label_nll: tuple[float | None, ...] = ()  # see outcomes.label_nll; empty where there is no label set
 
     def inputs(self, metric: Metric, task: Task) -> tuple[Sequence[Any], Sequence[Any]]:
         """Predictions and references of a metric; predictions are empty where this system has none for it."""
@@ -140,6 +142,7 @@ def evaluate(
     model.bind_dropout(None)
     given = prompts
     predictions: tuple[str, ...] = ()
+    nll: tuple[float | None, ...] = ()
     logp, tokens = np.zeros(0), np.zeros(0, np.int64)
     if task.needs("labels") or task.needs("text"):
         prompts = prompts or [task.encoder.encode_prompt(row) for row in task.rows]
@@ -149,13 +152,20 @@ def evaluate(
             labels, size = task.label_tokens(), task.micro_batch_tokens
             scores = score_labels(model, prompts, labels, size, progress, what)
             predictions = tuple(task.labels[i] for i in scores.argmax(axis=1))
+            nll = label_nll(scores, task.labels, task.references())
     if task.needs("logp"):
         if given is None:
             logp, tokens = row_logp(model, task, progress, f"{what}: loss")
         else:
             logp, tokens = answer_logp(model, task, given, progress, f"{what}: loss")
     unmeasured = Evaluation(
-        predictions, tuple(logp.tolist()), tuple(tokens.tolist()), {}, time.perf_counter() - start, tuple(notes)
+        predictions,
+        tuple(logp.tolist()),
+        tuple(tokens.tolist()),
+        {},
+        time.perf_counter() - start,
+        tuple(notes),
+        label_nll=nll,
     )
     return measured(unmeasured, task)
 

@@ -9,7 +9,7 @@ from shikomi.model.attention import Layout, Rules
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rules: Rules) -> Tensor | None:
-    """(T, heads, D) from q (heads, T, D) and k, v (kv heads, T, D); None where no kernel serves (fp32)."""
+    """(T, heads, D) from q (heads, T, D) and k, v (kv heads, P + T, D); None where no kernel serves (fp32)."""
     if q.dtype == torch.float32:
         return None
     if layout.plain and rules.softcap is None:
@@ -40,12 +40,13 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rules: Rules) -> Te
 
 
 def visible(layout: Layout, window: int | None):
-    """The mask of a layout as flex_attention's mask_mod: row q sees row k."""
+    """The mask of a layout as flex_attention's mask_mod: row q sees key row k."""
+    ahead = layout.key_positions.shape[0] - layout.positions.shape[0]
 
     def mask_mod(batch, head, q, k):
-        seen = layout.ancestors[layout.segment_of[q], layout.segment_of[k]]
-        behind = layout.positions[q] - layout.positions[k]
-        seen = seen & (behind >= 0)
+        seen = layout.ancestors[layout.segment_of[q], layout.segment_of[(k - ahead).clamp(min=0)]]
+        behind = layout.positions[q] - layout.key_positions[k]
+        seen = (seen | (k < ahead)) & (behind >= 0)
         return seen if window is None else seen & (behind < window)
 
     return mask_mod
@@ -54,9 +55,9 @@ def visible(layout: Layout, window: int | None):
 def block_mask(layout: Layout, window: int | None) -> BlockMask:
     """flex_attention's mask of a layout, made once per micro-batch and window."""
     if window not in layout.masks:
-        length = layout.positions.shape[0]
+        rows, keys = layout.positions.shape[0], layout.key_positions.shape[0]
         layout.masks[window] = create_block_mask(
-            visible(layout, window), None, None, length, length, device=layout.positions.device
+            visible(layout, window), None, None, rows, keys, device=layout.positions.device
         )
     return layout.masks[window]
 

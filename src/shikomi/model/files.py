@@ -153,7 +153,7 @@ def _file(path: Path, progress: Progress) -> ModelFiles:
 
 
 def _adapter(folder: Path, token: str | None, progress: Progress, on_it: Path | None) -> ModelFiles:
-    """A PEFT adapter with the base that it names, resolved in turn."""
+    """An adapter, in PEFT's format or our own, with the base that it names, resolved in turn."""
     if on_it is not None:
         fix = f"shikomi merge {folder} --output FOLDER, and name that folder as the base"
         raise BadInput([Problem("an adapter on an adapter", str(on_it), found=f"its base is {folder}", fix=fix)])

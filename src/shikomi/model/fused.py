@@ -7,16 +7,19 @@ in the storage dtype. Adapters' gradients go back through autograd, so that hook
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from shikomi.adapters._attach import TrainedCopy
+from shikomi.adapters._modules import TrainedCopy
+from shikomi.adapters.bottleneck import AfterSublayer, BottleneckLayer
 from shikomi.model import attention
 from shikomi.model.attention import Layout, Rules
-from shikomi.quant._dense import Linear, compute, gradients, stack
+from shikomi.quant._dense import lay_together
+from shikomi.quant._linear import Backward, Linear, compute
 
 LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
 
@@ -65,6 +68,7 @@ class AttentionHalf:
     rules: Rules
     q_norm: Norm | None
     k_norm: Norm | None
+    after: BottleneckLayer | None = None  # then h is not added here
 
     def trained(self) -> list[nn.Parameter]:
         norms = [n for n in (self.norm, self.q_norm, self.k_norm) if n is not None]
@@ -79,6 +83,7 @@ class MlpHalf:
     norm: Norm
     gate_up: tuple[Linear, Linear]
     down: Linear
+    after: BottleneckLayer | None = None
 
     def trained(self) -> list[nn.Parameter]:
         linears: Sequence[Linear] = (*self.gate_up, self.down)
@@ -100,14 +105,22 @@ class Blocks:
         for index, (attn, mlp) in enumerate(self.halves):
             again = recompute != "full" and index < int(recompute)
             if recompute == "full" and torch.is_grad_enabled():
-                h = checkpoint(self._layer, h, attn, mlp, cos, sin, layout, False, use_reentrant=False)
+                h = checkpoint(self._layer, h, attn, mlp, cos, sin, layout, index, False, use_reentrant=False)
             else:
-                h = self._layer(h, attn, mlp, cos, sin, layout, again)
+                h = self._layer(h, attn, mlp, cos, sin, layout, index, again)
         return h
 
-    def _layer(self, h, attn: AttentionHalf, mlp: MlpHalf, cos, sin, layout, again: bool) -> Tensor:
-        h = _Attend.apply(h, attn, self.storage, cos, sin, layout, *attn.trained())
-        return _Mlp.apply(h, mlp, self.storage, again, *mlp.trained())
+    def _layer(self, h, attn: AttentionHalf, mlp: MlpHalf, cos, sin, layout, index: int, again: bool) -> Tensor:
+        prefix = layout.prefix[index] if layout.prefix else None
+        z = _Attend.apply(h, attn, self.storage, cos, sin, layout, prefix, *attn.trained())
+        h = z if _adds_itself(attn) else attn.after.added(h, z, self.storage)  # type: ignore[union-attr]
+        z = _Mlp.apply(h, mlp, self.storage, again, *mlp.trained())
+        return z if _adds_itself(mlp) else mlp.after.added(h, z, self.storage)  # type: ignore[union-attr]
+
+
+def _adds_itself(half: AttentionHalf | MlpHalf) -> bool:
+    """Whether a half adds h to its output: no bottleneck stands between them."""
+    return half.after is None or not half.after.enabled
 
 
 def refusal(model: nn.Module) -> str | None:
@@ -131,7 +144,7 @@ def fuse(decoder: nn.Module, storage: torch.dtype) -> Blocks:
     """Half blocks over the modules of a Llama-like decoder, which keep working by themselves."""
     halves = []
     for layer in _layers(decoder):
-        attn, mlp = layer.self_attn, layer.mlp
+        (attn, after_attn), (mlp, after_mlp) = _within(layer.self_attn), _within(layer.mlp)
         config = attn.config
         norms = dict(attn.named_children())
         q_norm, k_norm = (_norm(norms[n]) if n in norms else None for n in ("q_norm", "k_norm"))
@@ -142,8 +155,8 @@ def fuse(decoder: nn.Module, storage: torch.dtype) -> Blocks:
             window = attn.sliding_window if kind != "LlamaDecoderLayer" else None
         qkv = (attn.q_proj, attn.k_proj, attn.v_proj)
         gate_up = (mlp.gate_proj, mlp.up_proj)
-        stack(qkv)
-        stack(gate_up)
+        for together in (qkv, gate_up):
+            lay_together([linear.base for linear in together])
         half = AttentionHalf(
             norm=_norm(layer.input_layernorm),
             qkv=qkv,
@@ -154,9 +167,17 @@ def fuse(decoder: nn.Module, storage: torch.dtype) -> Blocks:
             rules=Rules(attn.scaling, window),
             q_norm=q_norm,
             k_norm=k_norm,
+            after=after_attn,
         )
-        halves.append((half, MlpHalf(_norm(layer.post_attention_layernorm), gate_up, mlp.down_proj)))
+        halves.append((half, MlpHalf(_norm(layer.post_attention_layernorm), gate_up, mlp.down_proj, after_mlp)))
     return Blocks(tuple(halves), storage)
+
+
+def _within(sublayer: nn.Module) -> tuple[Any, BottleneckLayer | None]:
+    """A sublayer, and the bottleneck on its output."""
+    if isinstance(sublayer, AfterSublayer):
+        return sublayer.inner, sublayer.bottleneck
+    return sublayer, None
 
 
 def _norm(module: nn.Module) -> Norm:
@@ -183,9 +204,17 @@ def _rotated(half: AttentionHalf, raw: Tensor, cos: Tensor, sin: Tensor) -> Tens
     return raw
 
 
+def _before_rotation(half: AttentionHalf, raw: Tensor | None, qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """q, k, v as their projections gave them: (T, (heads + 2 kv heads) * D)."""
+    if raw is None:
+        raw = qkv.clone()
+        _rotate(raw[: half.heads + half.kv_heads], cos, sin, sign=-1)
+    return raw.transpose(0, 1).reshape(qkv.shape[1], -1)
+
+
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, h, half, storage, cos, sin, layout, *trained):  # h (T, H)
+    def forward(ctx, h, half, storage, cos, sin, layout, prefix, *trained):  # h (T, H)
         x = half.norm.forward(h)
         y = compute(half.qkv, x)  # (T, (heads + 2 kv heads) * D)
         raw = y.view(h.shape[0], -1, half.width).transpose(0, 1).contiguous()  # (heads + 2 kv, T, D)
@@ -194,15 +223,16 @@ class _Attend(torch.autograd.Function):
         qkv = _rotated(half, raw, cos, sin)
         if half.q_norm is None:
             kept = qkv.to(storage)
-        o = _attend(half, qkv, layout)
-        out = compute([half.out], o).add_(h)
-        ctx.save_for_backward(h.to(storage), kept, cos, sin)
-        ctx.half, ctx.layout, ctx.dtype = half, layout, h.dtype
-        return out
+        o = _attend(half, qkv, prefix, layout)
+        out = compute([half.out], o)
+        z = out.to(storage, copy=True) if half.out.needs_output else None
+        ctx.save_for_backward(h.to(storage), kept, cos, sin, z, prefix)
+        ctx.half, ctx.layout, ctx.dtype, ctx.adds = half, layout, h.dtype, _adds_itself(half)
+        return out.add_(h) if ctx.adds else out
 
     @staticmethod
     def backward(ctx, dout):
-        stored, kept, cos, sin = ctx.saved_tensors
+        stored, kept, cos, sin, z, prefix = ctx.saved_tensors
         half, layout = ctx.half, ctx.layout
         heads, kv = half.heads, half.kv_heads
         raw = None
@@ -211,12 +241,15 @@ class _Attend(torch.autograd.Function):
             raw, qkv = qkv, _rotated(half, qkv.clone(), cos, sin)
         q, k, v = qkv.split([heads, kv, kv])
         dout = dout.contiguous()
-        o = _attend(half, qkv, layout) if half.out.needs_input else None
-        do, out_grads = gradients([half.out], dout, o)
+        out = Backward([half.out], dout)
+        do = out.dx
         assert do is not None
+        o = torch.empty_like(do) if half.out.needs_input else None
+        y = _before_rotation(half, raw, qkv, cos, sin) if any(n.needs_output for n in half.qkv) else None
         dqkv = torch.empty_like(qkv)
         dq, dk, dv = dqkv.split([heads, kv, kv])
-        _attend_backward(half, do.view(-1, heads, half.width), q, k, v, layout, dq, dk, dv)
+        dprefix = _attend_backward(half, do.view(-1, heads, half.width), q, k, v, prefix, layout, dq, dk, dv, o)
+        out_grads = out.gradients(o, None if z is None else z.to(ctx.dtype))
         _rotate(dqkv[: heads + kv], cos, sin, sign=-1)
         norm_grads = []
         if raw is not None:
@@ -228,15 +261,18 @@ class _Attend(torch.autograd.Function):
         del dqkv, dq, dk, dv
         h = stored.to(ctx.dtype)
         x = half.norm.forward(h) if any(linear.needs_input for linear in half.qkv) else None
-        dx, qkv_grads = gradients(half.qkv, dy, x)
+        into = Backward(half.qkv, dy)
+        dx, qkv_grads = into.dx, into.gradients(x, y)
         dh, dweight = half.norm.backward(dx, h)
         grads = [dweight] if half.norm.trained() else []
         grads += norm_grads + qkv_grads + out_grads
-        return dh.add_(dout), None, None, None, None, None, *grads
+        return dh.add_(dout) if ctx.adds else dh, None, None, None, None, None, dprefix, *grads
 
 
-def _attend(half: AttentionHalf, qkv: Tensor, layout: Layout) -> Tensor:
+def _attend(half: AttentionHalf, qkv: Tensor, prefix: Tensor | None, layout: Layout) -> Tensor:
     q, k, v = qkv.split([half.heads, half.kv_heads, half.kv_heads])
+    if prefix is not None:
+        k, v = attention.after_prefix(prefix, k, v)
     if qkv.is_cuda:
         o = attention.attention(q, k, v, layout, half.rules)
     else:
@@ -244,29 +280,43 @@ def _attend(half: AttentionHalf, qkv: Tensor, layout: Layout) -> Tensor:
     return o.reshape(qkv.shape[1], -1)  # (T, heads * D)
 
 
-def _attend_backward(half: AttentionHalf, do, q, k, v, layout, dq, dk, dv) -> None:
+def _attend_backward(half: AttentionHalf, do, q, k, v, prefix, layout, dq, dk, dv, out: Tensor | None) -> Tensor | None:
+    """Fills dq, dk, dv, and where it is asked for the attention's output (T, heads * D); the prefix's gradient."""
+    if prefix is not None:
+        all_k, all_v = attention.after_prefix(prefix, k, v)
+        into_k, into_v = torch.empty_like(all_k), torch.empty_like(all_v)
+        _attend_backward(half, do, q, all_k, all_v, None, layout, dq, into_k, into_v, out)
+        tokens = prefix.shape[2]
+        dk.copy_(into_k[:, tokens:])
+        dv.copy_(into_v[:, tokens:])
+        return torch.stack([into_k[:, :tokens], into_v[:, :tokens]])
     if not q.is_cuda:
-        attention.backward(do, q, k, v, layout, half.rules, dq, dk, dv)
-        return
+        attention.backward(do, q, k, v, layout, half.rules, dq, dk, dv, None if out is None else out.view(do.shape))
+        return None
     with torch.enable_grad():
         q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
         o = attention.attention(q, k, v, layout, half.rules)
         for into, grad in zip((dq, dk, dv), torch.autograd.grad(o, (q, k, v), do), strict=True):
             into.copy_(grad)
+    if out is not None:
+        out.view(do.shape).copy_(o.detach())
+    return None
 
 
 class _Mlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, half, storage, again, *trained):
         gate_up = compute(half.gate_up, half.norm.forward(h))  # (T, 2 F)
-        ctx.save_for_backward(h.to(storage), None if again else gate_up.to(storage))
-        ctx.half, ctx.dtype = half, h.dtype
         gate, up = gate_up.chunk(2, dim=-1)
-        return compute([half.down], F.silu(gate).mul_(up)).add_(h)
+        out = compute([half.down], F.silu(gate).mul_(up))
+        z = out.to(storage, copy=True) if half.down.needs_output else None
+        ctx.save_for_backward(h.to(storage), None if again else gate_up.to(storage), z)
+        ctx.half, ctx.dtype, ctx.adds = half, h.dtype, _adds_itself(half)
+        return out.add_(h) if ctx.adds else out
 
     @staticmethod
     def backward(ctx, dout):
-        stored, kept = ctx.saved_tensors
+        stored, kept, z = ctx.saved_tensors
         half = ctx.half
         dout = dout.contiguous()
         h = stored.to(ctx.dtype)
@@ -280,15 +330,17 @@ class _Mlp(torch.autograd.Function):
         gate, up = gate_up.chunk(2, dim=-1)
         activated = F.silu(gate)
         act = activated * up if half.down.needs_input else None
-        dact, down_grads = gradients([half.down], dout, act)
+        down = Backward([half.down], dout)
+        dact, down_grads = down.dx, down.gradients(act, None if z is None else z.to(ctx.dtype))
         assert dact is not None
-        del act
+        del act, down
         dgate_up = torch.empty_like(gate_up)
         dgate, dup = dgate_up.chunk(2, dim=-1)
         torch.mul(dact, activated, out=dup)
         torch.ops.aten.silu_backward.grad_input(dact.mul_(up), gate, grad_input=dgate)
-        del activated, dact, gate_up
-        dx, gate_up_grads = gradients(half.gate_up, dgate_up, x)
+        del activated, dact
+        into = Backward(half.gate_up, dgate_up)
+        dx, gate_up_grads = into.dx, into.gradients(x, gate_up)
         dh, dweight = half.norm.backward(dx, h)
         grads = [dweight] if half.norm.trained() else []
-        return dh.add_(dout), None, None, None, *grads, *gate_up_grads, *down_grads
+        return dh.add_(dout) if ctx.adds else dh, None, None, None, *grads, *gate_up_grads, *down_grads

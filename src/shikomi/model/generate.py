@@ -6,6 +6,9 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, TextStreamer
 
+from shikomi.adapters._adapter import Context
+from shikomi.model.context import batch
+
 
 class _Pieces(TextStreamer):
     """Hands out finished pieces of text as they come."""
@@ -29,10 +32,11 @@ def generate(
     top_p: float,
     seed: int,
     stream: Callable[[str], None] | None,
+    context: Context | None = None,
 ) -> list[list[int]]:
     """New tokens of each prompt, without the stop token that ended them; temperature 0 is greedy.
 
-    `stream` gets the text of a single prompt's answer piece by piece.
+    `stream` gets the text of a single prompt's answer piece by piece; `context` comes before every prompt.
     """
     longest = max(len(p) for p in prompts)
     pad = stop_ids[0] if stop_ids else 0
@@ -50,15 +54,15 @@ def generate(
     device = model.device
     with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
+        inputs = {"input_ids": ids.to(device), "attention_mask": attend.to(device)}
+        if context is not None:
+            inputs = batch(model, context, inputs["input_ids"], inputs["attention_mask"])
         out = model.generate(
-            input_ids=ids.to(device),
-            attention_mask=attend.to(device),
-            generation_config=config,
-            streamer=_Pieces(tokenizer, stream) if stream is not None else None,
+            **inputs, generation_config=config, streamer=_Pieces(tokenizer, stream) if stream is not None else None
         )
-    stops = set(stop_ids)
+    stops, done = set(stop_ids), inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
     answers = []
-    for tokens in out[:, longest:].tolist():
+    for tokens in out[:, done:].tolist():
         end = next((i for i, token in enumerate(tokens) if token in stops), len(tokens))
         answers.append(tokens[:end])
     return answers

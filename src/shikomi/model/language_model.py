@@ -2,18 +2,22 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from shikomi.adapters._attach import Attached, TrainedCopy, keyed
-from shikomi.data.packing import Packed
+from shikomi.adapters._adapter import Attached, Context
+from shikomi.adapters._modules import TrainedCopy
+from shikomi.data.packing import Packed, with_root
 from shikomi.model import attention, fused
+from shikomi.model.context import alone, batches
 from shikomi.model.device import Dtypes
 from shikomi.model.generate import generate
 from shikomi.model.logprobs import Scored, Shape, log_probabilities
+from shikomi.model.reference import OFF, Reference, in_place_of
+from shikomi.quant._quantized import logical_parameters
 
 PACKED = "shikomi_packed"  # our attention's name among transformers' attention functions
 
@@ -37,6 +41,9 @@ class LanguageModel:
     origin: str = ""  # what the user called the base
     stop_ids: list[int] = field(default_factory=list)  # tokens that end an answer
     notes: list[str] = field(default_factory=list)
+    earlier: list[dict[str, Tensor]] = field(default_factory=list)  # adapters of earlier stages, kept frozen or merged
+    rebased: bool = False  # what is trained is no adapter for the base as loaded: its result is a whole model
+    fixed: Reference | None = None  # the reference policy of the stage that is trained
 
     @property
     def config(self) -> Any:
@@ -68,26 +75,40 @@ class LanguageModel:
     @property
     def total_parameters(self) -> int:
         """Parameters of the base as loaded, tied ones once."""
-        added = {id(p) for p in self.attached.parameters().values()} if self.attached else set()
-        if self.attached:
-            added -= {id(p) for p, _ in self.attached.biases.values()}
-        return sum(p.numel() for p in self.model.parameters() if id(p) not in added)
+        inside = {id(p): p.numel() for p in self.model.parameters()}
+        total = sum(inside.values()) + logical_parameters(self.model)
+        if self.attached is None:
+            return total
+        trained = sum(p.numel() for p in self.attached.parameters().values() if id(p) in inside)
+        of_the_base = self.trainable_parameters - self.attached.added()
+        return total - trained + of_the_base
 
     def parameter_line(self) -> str:
         """What PEFT's print_trainable_parameters says: there the total includes the adapter."""
         trained, total = self.trainable_parameters, self.total_parameters
         if self.attached:
-            total += trained - sum(p.numel() for p, _ in self.attached.biases.values())
+            total += self.attached.added()
         return f"trainable params: {trained:,} || all params: {total:,} || trainable%: {100 * trained / total:.4f}"
+
+    @property
+    def context(self) -> Context | None:
+        """Virtual tokens that the adapter puts before every sequence; None without any, and while it is off."""
+        return self.attached.context if self.attached is not None else None
 
     def adapter_off(self) -> contextlib.AbstractContextManager[None]:
         """Within: the model as it was loaded."""
         return self.attached.off() if self.attached is not None else contextlib.nullcontext()
 
+    def reference(self) -> contextlib.AbstractContextManager[None]:
+        """Within: the reference policy, which `fixed` is; raises ValueError where none is fixed."""
+        if self.fixed is None:
+            raise ValueError("this stage has no reference")
+        return self.adapter_off() if self.fixed.how == OFF else in_place_of(self.trainable(), self.fixed.tensors)
+
     def bind_dropout(self, key: int | None) -> None:
         """Dropout masks of the next forward and its backward; None: no dropout."""
         if self.attached is not None:
-            keyed(self.attached, key)
+            self.attached.bind_dropout(key)
 
     def score(self, packed: Packed) -> Scored:
         """Log-probabilities of the scored tokens of a micro-batch, with autograd where it is enabled."""
@@ -100,18 +121,27 @@ class LanguageModel:
 
     def hidden(self, packed: Packed) -> Tensor:
         """Hidden states (T, H) after the final norm of a packed row, on the fused or the packed path."""
-        plan = attention.layout(packed)
-        embeds = self.model.get_input_embeddings()(packed.ids)  # (T, H)
+        embeds, ahead = self.model.get_input_embeddings()(packed.ids), 0  # (T, H)
+        prefix: tuple[Tensor, ...] = ()
+        if (context := self.context) is not None:
+            virtual = context.embeddings()
+            if virtual is not None:
+                embeds, ahead = torch.cat([virtual.to(embeds.dtype), embeds]), context.tokens
+                packed = with_root(packed, ahead)
+            else:
+                prefix = tuple(layer.to(embeds.dtype) for layer in context.keys_values() or ())
+                packed = replace(packed, positions=packed.positions + context.tokens)
+        plan = attention.layout(packed, prefix)
         if self.path == "fused" and self.blocks is not None:
             cos, sin = self.decoder.rotary_emb(embeds[None], position_ids=packed.positions[None])
             half = cos.shape[-1] // 2
             h = self.blocks.forward(embeds, cos[0, :, :half], sin[0, :, :half], plan, self.recompute)
-            return self.decoder.norm(h)
+            return self.decoder.norm(h[ahead:])
         with self._attention(PACKED):
             out = self.decoder(
                 inputs_embeds=embeds[None], position_ids=packed.positions[None], use_cache=False, packed_layout=plan
             )
-        return out.last_hidden_state[0]
+        return out.last_hidden_state[0, ahead:]
 
     def _separate(self, packed: Packed) -> tuple[Tensor, Tensor]:
         """Hidden states of the scored rows (N, H), each chain of segments computed by itself."""
@@ -133,7 +163,16 @@ class LanguageModel:
     def hidden_alone(self, ids: Tensor) -> Tensor:
         """Hidden states (S, H) of one sequence by transformers' own forward and masks."""
         with self._attention(self.own_attention):
-            return self.decoder(input_ids=ids[None], use_cache=False).last_hidden_state[0]
+            return self.decoder(**self.alone(self.decoder, ids)).last_hidden_state[0, -len(ids) :]
+
+    def alone(self, module: Any, ids: Tensor) -> dict[str, Any]:
+        """Arguments with which transformers' forward of `module` computes one sequence (S,), virtual tokens first."""
+        context = self.context
+        if context is None:
+            return {"input_ids": ids[None], "use_cache": False}
+        if context.keys_values() is not None:
+            module.eval()  # layers that recompute would leave the prefix out
+        return alone(module, context, ids)
 
     @contextlib.contextmanager
     def _attention(self, name: str) -> Iterator[None]:
@@ -148,6 +187,11 @@ class LanguageModel:
         finally:
             self.model.set_attn_implementation(before)
 
+    def recomputing(self) -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
+        """Around a layer that recomputes, first and again: the backward is no longer within the packed attention."""
+        packed = self.path == "packed"
+        return contextlib.nullcontext(), self._attention(PACKED) if packed else contextlib.nullcontext()
+
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
@@ -158,11 +202,21 @@ class LanguageModel:
         stream: Callable[[str], None] | None = None,
     ) -> list[list[int]]:
         """New tokens of each prompt up to a stop token; temperature 0 is greedy."""
+        how = (self.stop_ids, max_new_tokens, temperature, top_p, seed, stream, self.context)
+        found: dict[int, list[int]] = {}
         with self.generating():
-            return generate(
-                self.model, self.tokenizer, prompts, self.stop_ids, max_new_tokens, temperature, top_p, seed, stream
-            )
+            for some in batches(self.model, self.context, [len(p) for p in prompts], max_new_tokens):
+                answers = generate(self.model, self.tokenizer, [prompts[i] for i in some], *how)
+                found |= dict(zip(some, answers, strict=True))
+        return [found[i] for i in range(len(prompts))]
 
-    def generating(self) -> contextlib.AbstractContextManager[None]:
-        """Within: transformers' generate uses the model's own attention and masks."""
-        return self._attention(self.own_attention)
+    @contextlib.contextmanager
+    def generating(self) -> Iterator[None]:
+        """Within: transformers' generate uses the model's own attention, masks and caches."""
+        training = self.model.training  # where layers recompute, they keep no cache
+        self.model.eval()
+        try:
+            with self._attention(self.own_attention):
+                yield
+        finally:
+            self.model.train(training)

@@ -1,12 +1,17 @@
 """From a resolved folder to a LanguageModel: load, replace linear layers, attach the adapter, choose the path."""
 
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
-from shikomi.adapters._attach import TrainedCopy, attach
-from shikomi.adapters.full import Full
+from shikomi.adapters._adapter import Adapter, Attached
+from shikomi.adapters._attach import OnLayers
+from shikomi.adapters._modules import TrainedCopy
 from shikomi.adapters.lora import Lora
 from shikomi.errors import BadInput, Problem
 from shikomi.model.device import Dtypes, choose_device, choose_dtypes, tune_allocator
@@ -14,19 +19,26 @@ from shikomi.model.language_model import LanguageModel
 from shikomi.model.logprobs import Shape
 from shikomi.model.probe import choose_path
 from shikomi.quant._dense import Dense, widen_embedding
+from shikomi.quant._linear import PlainLinear
+from shikomi.quant._quantized import Scheme
+from shikomi.quant._serialized import from_config
+from shikomi.quant._streaming import load_quantized
 
 
 def load_model(
     folder: str,
-    adapter: Lora | Full | None = None,
+    adapter: Adapter | None = None,
     dtype: str = "auto",
     device: str = "auto",
     seed: int = 0,
     max_length: int = 1024,
     new_tokens: tuple[str, ...] = (),
     tokenizer_folder: str | None = None,
+    quant: Scheme | None = None,
 ) -> LanguageModel:
     """The model of a transformers folder; `adapter` is put on it fresh, None leaves everything frozen.
+
+    `quant` stores the base's linear maps in few bits; a folder that is stored so already needs none.
 
     Raises BadInput for an architecture that is not a causal language model.
     """
@@ -34,8 +46,8 @@ def load_model(
     where = choose_device(device)
     dtypes = choose_dtypes(dtype, where)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder or folder, local_files_only=True)
-    model = _load(folder, dtypes, where)
-    notes = _grow(model, tokenizer, new_tokens)
+    model, notes = _load(folder, dtypes, where, quant)
+    notes += _grow(model, tokenizer, new_tokens)
     if new_tokens and isinstance(adapter, Lora):
         adapter, note = _with_embeddings(model, adapter)
         notes.append(note)
@@ -45,7 +57,7 @@ def load_model(
     return lm
 
 
-def count_parameters(folder: str, adapter: Lora | Full) -> tuple[int, int]:
+def count_parameters(folder: str, adapter: Adapter) -> tuple[int, int]:
     """(trained, total) parameters from a folder's config alone: no weight is read."""
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     with torch.device("meta"):
@@ -56,25 +68,18 @@ def count_parameters(folder: str, adapter: Lora | Full) -> tuple[int, int]:
 
 
 def wrap(
-    model, tokenizer, adapter: Lora | Full | None, dtypes: Dtypes, device: torch.device, seed: int = 0
+    model, tokenizer, adapter: Adapter | None, dtypes: Dtypes, device: torch.device, seed: int = 0
 ) -> LanguageModel:
     """A loaded transformers model as a LanguageModel, without the choice of a path."""
     own_attention = model.config._attn_implementation
     head_name = next((n for n, m in model.named_modules() if m is model.get_output_embeddings()), None)
-    full = isinstance(adapter, Full)
     for parameter in model.parameters():
-        parameter.requires_grad_(full)
-        if full:
-            parameter.data = parameter.data.float()
+        parameter.requires_grad_(False)
     _replace_linears(model, dtypes.arithmetic)
-    if not full:
-        _widen_the_rest(model, dtypes.arithmetic)
+    _widen_the_rest(model, dtypes.arithmetic)
     widen_embedding(model.get_input_embeddings(), dtypes.arithmetic)
     model.eval()
-    attached = attach(model, adapter, head_name, seed) if isinstance(adapter, Lora) else None
-    for copied in attached.copies.values() if attached else ():
-        if isinstance(copied.copy, nn.Embedding):
-            widen_embedding(copied.copy, dtypes.arithmetic)
+    attached = _attached(model, tokenizer, adapter, head_name, dtypes, seed)
     ends = [
         model.generation_config.eos_token_id,
         model.config.eos_token_id,
@@ -93,7 +98,32 @@ def wrap(
     )
 
 
-def _load(folder: str, dtypes: Dtypes, device: torch.device):
+def put_on(
+    lm: LanguageModel, adapter: Adapter, seed: int, max_length: int, frozen: dict[str, tuple[Tensor, Tensor]]
+) -> None:
+    """Puts a fresh adapter on a model that has none on; `frozen`: A and scaled B of an earlier one, kept under it."""
+    head = lm.model.get_output_embeddings()
+    head_name = next((name for name, module in lm.model.named_modules() if module is head), None)
+    lm.attached = _attached(lm.model, lm.tokenizer, adapter, head_name, lm.dtypes, seed)
+    if frozen:
+        assert isinstance(lm.attached, OnLayers)
+        lm.attached.keep_frozen(lm.model, frozen)
+    lm.blocks = None
+    choose_path(lm, max_length)
+
+
+def _attached(
+    model, tokenizer, adapter: Adapter | None, head_name: str | None, dtypes: Dtypes, seed: int
+) -> Attached | None:
+    attached = adapter.attach(model, head_name, seed, tokenizer) if adapter is not None else None
+    if isinstance(attached, OnLayers):
+        for copied in attached.copies.values():
+            if isinstance(copied.copy, nn.Embedding):
+                widen_embedding(copied.copy, dtypes.arithmetic)
+    return attached
+
+
+def _load(folder: str, dtypes: Dtypes, device: torch.device, quant: Scheme | None) -> tuple[Any, list[str]]:
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise BadInput(
@@ -105,8 +135,11 @@ def _load(folder: str, dtypes: Dtypes, device: torch.device):
             ]
         )
     no_dropout(config)
+    scheme = quant or from_config(config.to_dict().get("quantization_config"), folder)
+    if scheme is not None:
+        return load_quantized(Path(folder), config, scheme, dtypes.storage, dtypes.arithmetic, device)
     model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtypes.storage, local_files_only=True)
-    return model.to(device)
+    return model.to(device), []
 
 
 def no_dropout(config) -> None:
@@ -138,8 +171,7 @@ def _with_embeddings(model, adapter: Lora) -> tuple[Lora, str]:
     names = {id(m): n.rsplit(".", 1)[-1] for n, m in model.named_modules()}
     wanted = [names[id(m)] for m in (model.get_input_embeddings(), model.get_output_embeddings())]
     saved = list(dict.fromkeys([*(adapter.modules_to_save or []), *wanted]))
-    fields = {f: getattr(adapter, f) for f in adapter.__dataclass_fields__}
-    return Lora(**{**fields, "modules_to_save": saved}), f"new tokens: {' and '.join(wanted)} are trained whole"
+    return replace(adapter, modules_to_save=saved), f"new tokens: {' and '.join(wanted)} are trained whole"
 
 
 def _replace_linears(model: nn.Module, arithmetic: torch.dtype) -> None:
@@ -157,7 +189,7 @@ def _widen_the_rest(model: nn.Module, arithmetic: torch.dtype) -> None:
     """Casts what is not a Dense or the input embedding (norms, experts, positions): transformers multiplies those."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
     for module in model.modules():
-        if isinstance(module, Dense | TrainedCopy) or module is embedding or module is head:
+        if isinstance(module, PlainLinear | TrainedCopy) or module is embedding or module is head:
             continue
         for parameter in module.parameters(recurse=False):
             parameter.data = parameter.data.to(arithmetic)

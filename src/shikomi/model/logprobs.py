@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from shikomi.quant._dense import Dense, Linear, compute, gradients
+from shikomi.quant._dense import Dense
+from shikomi.quant._linear import Backward, Linear, compute
 
 TILE_BYTES = 48 << 20  # logits of one tile, in fp32 bytes
 STRIP = 32  # rows whose softmax stays in cache
@@ -40,7 +41,7 @@ def log_probabilities(h: Tensor, scored: Tensor, targets: Tensor, head: Linear, 
 
     scored (N,) are rows of h, targets (N,) token ids; rows may repeat.
     """
-    rows = h.index_select(0, scored)
+    rows = h.index_select(0, scored).to(head.base.dtype)  # a trained final norm of transformers answers in fp32
     trained = head.trained()
     if trained:
         return _TrainedHead.apply(rows, targets, head, shape, *trained)
@@ -79,16 +80,16 @@ def _normalize(z: Tensor, targets: Tensor, shape: Shape, logp: Tensor, jacobian:
                 strip.copy_(x)
 
 
-def _exact_targets(rows: Tensor, targets: Tensor, head: Linear, rounded: Tensor, logp: Tensor, shape: Shape) -> None:
+def _exact_targets(rows: Tensor, targets: Tensor, head: Dense, rounded: Tensor, logp: Tensor, shape: Shape) -> None:
     """Replaces the target's rounded bf16 logit in logp by the exact one: an H-long dot product in fp32.
 
     Without it bf16 logits leave 0.03 of noise per token.
     """
-    weight = head.base.weight.detach()
-    chosen = weight.t()[targets] if head.base.transposed else weight[targets]
+    weight = head.weight.detach()
+    chosen = weight.t()[targets] if head.transposed else weight[targets]
     exact = (rows.float() * chosen.float()).sum(-1)
-    if head.base.bias is not None:
-        exact += head.base.bias.detach().float()[targets]
+    if head.bias is not None:
+        exact += head.bias.detach().float()[targets]
     logp += _shaped(exact, shape) - _shaped(rounded.float(), shape)
 
 
@@ -122,7 +123,7 @@ class _FrozenHead(torch.autograd.Function):
             if rounded is not None and dense:
                 _exact_targets(x, targets[tile], head, rounded, logp[tile], shape)
             if j is not None:
-                dx = z @ weight if weight is not None else gradients([head], z, x)[0]
+                dx = z @ weight if weight is not None else Backward([head], z).dx
                 assert dx is not None
                 j[tile] = dx
         if j is not None:
@@ -153,12 +154,13 @@ class _TrainedHead(torch.autograd.Function):
         ignored = torch.empty(rows.shape[0], dtype=torch.float32, device=rows.device)
         for tile in _tiles(rows.shape[0], ctx.head.out_features):
             z = compute([ctx.head], rows[tile])
+            y = z.clone() if ctx.head.needs_output else None
             _normalize(z, targets[tile], ctx.shape, ignored[tile], jacobian=True)
             z.mul_(grad[tile, None])
-            dx, grads = gradients([ctx.head], z, rows[tile])
-            assert dx is not None
-            drows[tile] = dx
-            for total, part in zip(sums, grads, strict=True):
+            back = Backward([ctx.head], z)
+            assert back.dx is not None
+            drows[tile] = back.dx
+            for total, part in zip(sums, back.gradients(rows[tile], y), strict=True):
                 total += part
         dtypes = [p.dtype for p in ctx.head.trained()]
         return drows, None, None, None, *[s.to(d) for s, d in zip(sums, dtypes, strict=True)]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
+from shikomi.adapters._adapter import Context
 from shikomi.data.packing import Example, pack
 from shikomi.errors import BadInput, Problem
 from shikomi.model import attention, fused
@@ -40,7 +41,10 @@ def packed_attention(
     _calls += 1
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     rules = attention.Rules(float(scaling), sliding_window, softcap)
-    return attention.attention(query[0], key[0], value[0], packed_layout, rules)[None], None
+    k, v = key[0], value[0]
+    if packed_layout.prefix:
+        k, v = attention.after_prefix(packed_layout.prefix[module.layer_idx], k, v)
+    return attention.attention(query[0], k, v, packed_layout, rules)[None], None
 
 
 AttentionInterface.register(PACKED, packed_attention)
@@ -52,7 +56,10 @@ def choose_path(lm: LanguageModel, max_length: int) -> None:
     Raises BadInput where even one sequence at a time gives other log-probabilities than the model's own head.
     """
     reasons: list[str] = []
-    why = _static_refusal(lm.config, type(lm.model), max_length)
+    context, stateful = lm.context, _stateful(lm.config, type(lm.model))
+    if stateful and context is not None and context.embeddings() is None:
+        raise _cannot_serve(lm, context, stateful)
+    why = stateful or _refusal(lm.config, max_length + (context.tokens if context else 0))
     if why is None:
         refused = fused.refusal(lm.decoder) if _has_layers(lm) else "no list of layers"
         if refused is None:
@@ -71,6 +78,8 @@ def choose_path(lm: LanguageModel, max_length: int) -> None:
             reasons.append(f"{path}: {failure}")
     lm.path, lm.blocks = "separate", None
     lm.path_reason = why or "; ".join(reasons)
+    if context is not None:
+        _check_context(lm, context)
     failure = _mismatch(lm)
     if failure is not None:
         raise BadInput(
@@ -84,18 +93,41 @@ def choose_path(lm: LanguageModel, max_length: int) -> None:
         )
 
 
+def _check_context(lm: LanguageModel, context: Context) -> None:
+    """Raises BadInput where the model's own forward does not take the virtual tokens, or takes no notice of them."""
+    ids = torch.arange(2, 5, device=lm.device)
+    with torch.no_grad():
+        try:
+            seen = lm.hidden_alone(ids)
+        except (ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:
+            raise _cannot_serve(lm, context, f"{type(error).__name__}: {error}") from error
+        with lm.adapter_off():
+            unseen = lm.hidden_alone(ids)
+    if torch.equal(seen, unseen):
+        raise _cannot_serve(lm, context, "its forward takes no notice of virtual tokens")
+
+
+def _cannot_serve(lm: LanguageModel, context: Context, why: str) -> BadInput:
+    name, other = ("prefix", "prompt or lora") if context.embeddings() is None else ("prompt", "lora")
+    what = f"adapter: {name} cannot serve {type(lm.model).__name__}"
+    return BadInput([Problem(what, found=why, fix=f"use adapter: {other}")])
+
+
 def _has_layers(lm: LanguageModel) -> bool:
     return "layers" in dict(lm.decoder.named_children())
 
 
-def _static_refusal(config, kind: Any, max_length: int) -> str | None:
-    """What short probes cannot see, from the configuration alone."""
+def _stateful(config, kind: Any) -> str | None:
+    """Why the layers are not all attention, from the configuration alone."""
     if kind._is_stateful:
         return f"{kind.__name__} carries a state along the row (recurrent layers), which would leak between segments"
+    kinds = set(config.to_dict().get("layer_types") or []) - {"full_attention", "sliding_attention"}
+    return f"layers of kind {', '.join(sorted(kinds))}" if kinds else None
+
+
+def _refusal(config, max_length: int) -> str | None:
+    """What else short probes cannot see, from the configuration alone."""
     settings = config.to_dict()
-    kinds = set(settings.get("layer_types") or []) - {"full_attention", "sliding_attention"}
-    if kinds:
-        return f"layers of kind {', '.join(sorted(kinds))}"
     rope = settings.get("rope_parameters") or {}
     for part in [rope, *[r for r in rope.values() if isinstance(r, dict)]]:
         kind_of = part.get("rope_type", "default")
@@ -107,7 +139,15 @@ def _static_refusal(config, kind: Any, max_length: int) -> str | None:
 
 
 def _mismatch(lm: LanguageModel) -> str | None:
-    """How packed and separate computation differ; None when they agree."""
+    """How packed and separate computation differ, without virtual tokens and with them; None when they agree."""
+    if lm.context is None:
+        return _gap(lm)
+    with lm.adapter_off():
+        found = _gap(lm)
+    return found or _gap(lm)
+
+
+def _gap(lm: LanguageModel) -> str | None:
     global _calls
     generator = torch.Generator().manual_seed(1)
     sizes, vocabulary = (5, 9, 3), lm.model.get_input_embeddings().weight.shape[0]
@@ -142,7 +182,7 @@ def _all_but_first(n: int):
 def _own_logits(lm: LanguageModel, ids: Tensor) -> tuple[Tensor, Tensor]:
     """log p of each next token (S - 1,) and hidden states (S, H), both by the model's own forward."""
     with lm.generating():
-        logits = lm.model(input_ids=ids[None], use_cache=False).logits[0].float()
+        logits = lm.model(**lm.alone(lm.model, ids)).logits[0, -len(ids) :].float()
     logp = logits.log_softmax(-1)[:-1].gather(1, ids[1:, None])[:, 0]
     return logp, lm.hidden_alone(ids)
 

@@ -18,6 +18,8 @@ class Sft:
     """
 
     name: ClassVar[str] = "sft"
+    data: ClassVar[str] = "conversations"
+    needs: ClassVar[frozenset[str]] = frozenset()
 
     dft: Annotated[bool, Field(description="weigh each token by its detached probability (DFT)")] = False
 

@@ -1,4 +1,4 @@
-"""AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101)."""
+"""AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101), and LoRA+ (arXiv:2402.12354) as its parameter groups."""
 
 from typing import Annotated, ClassVar
 
@@ -7,24 +7,44 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import nn
 
+from shikomi.errors import BadInput, Problem
+from shikomi.optim._groups import Ratio, grouped, loraplus, same_rate
+
 
 @dataclass(frozen=True)
 class AdamW:
-    """Adam with decoupled weight decay, in torch's fused kernel."""
+    """Adam with decoupled weight decay, in torch's fused kernel.
+
+    `loraplus_lr_ratio` makes it LoRA+: B, not A, learns that many times faster. Names are PEFT's.
+    """
 
     name: ClassVar[str] = "adamw"
 
     adam_beta1: Annotated[float, Field(ge=0, lt=1, description="decay of the mean of gradients")] = 0.9
     adam_beta2: Annotated[float, Field(ge=0, lt=1, description="decay of the mean of squares")] = 0.999
     adam_epsilon: Annotated[float, Field(gt=0, description="added to the root of the squares")] = 1e-8
+    loraplus_lr_ratio: Annotated[
+        float | None, Field(ge=1, le=1000, description="LoRA+: B learns this many times faster than A, about 16")
+    ] = None
+    loraplus_lr_embedding: Annotated[
+        float | None, Field(gt=0, le=1, description="LoRA+: learning rate of an embedding's A and B (PEFT: 1e-6)")
+    ] = None
+
+    def __post_init__(self) -> None:
+        if self.loraplus_lr_embedding is not None and self.loraplus_lr_ratio is None:
+            fix = "add loraplus_lr_ratio: 16, or delete loraplus_lr_embedding"
+            raise BadInput([Problem("loraplus_lr_embedding has no effect without loraplus_lr_ratio", fix=fix)])
 
     def build(
         self, trained: dict[str, nn.Parameter], learning_rate: float, weight_decay: float
     ) -> torch.optim.Optimizer:
-        """An optimizer over `trained`; weight decay goes to matrices only, not to norms and biases."""
-        matrices = [p for p in trained.values() if p.dim() > 1]
-        vectors = [p for p in trained.values() if p.dim() <= 1]
-        groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        """An optimizer over `trained`; weight decay goes to matrices only, not to norms and biases.
+
+        Raises BadInput for LoRA+ where no low-rank B is trained.
+        """
+        ratio: Ratio = same_rate
+        if self.loraplus_lr_ratio is not None:
+            ratio = loraplus(trained, learning_rate, self.loraplus_lr_ratio, self.loraplus_lr_embedding)
+        groups = grouped(trained, learning_rate, weight_decay, ratio)
         betas = (self.adam_beta1, self.adam_beta2)
-        groups = [g for g in groups if g["params"]]
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=self.adam_epsilon, fused=True)

@@ -17,10 +17,10 @@ from shikomi.recipe.schema import ComponentSpec
 from shikomi.recipe.tree import Block, Items, tree_of
 
 PLANNED = {
-    "adapter": ("dora", "bottleneck", "prefix", "prompt"),
-    "quant": ("nf4",),
-    "objective": ("dpo", "ipo", "orpo", "kto", "simpo", "reward", "ppo", "grpo"),
-    "optim": ("galore", "paged"),
+    "adapter": (),
+    "quant": (),
+    "objective": ("reward", "ppo", "grpo"),
+    "optim": ("paged",),
 }
 """Names that the design gives to components; one that has no file is said to be missing, not misspelt."""
 
@@ -53,13 +53,13 @@ def _check(key: str, spec: Block) -> list[Problem]:
     name, options = spec["name"], spec["options"]
     known = registry.names(KINDS[key])
     where = spec.place("name")
-    if name not in known:
-        planned = name in PLANNED[key]
+    planned = name in PLANNED[key]
+    if name not in known or planned:
         close = None if planned else nearest(name, known)
         return [
             where.problem(
                 f"`{key}: {name}` {'is not built yet' if planned else 'does not exist'}",
-                allowed=", ".join(known) or "none is built yet",
+                allowed=", ".join(n for n in known if n not in PLANNED[key]) or "none is built yet",
                 fix=f"did you mean `{close}`?" if close else None,
             )
         ]

@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 
 from shikomi import registry
 from shikomi.recipe import foreign
-from shikomi.recipe.schema import ComponentSpec, DataSpec, EvaluateSpec, Recipe, Source, Stage
+from shikomi.recipe.schema import OWN_KEYS, ComponentSpec, DataSpec, EvaluateSpec, Recipe, Source, Stage
 from shikomi.recipe.tree import Path
 
 KINDS = {"adapter": "adapters", "quant": "quant", "objective": "objectives", "optim": "optim"}
@@ -146,8 +146,13 @@ def reference() -> list[tuple[str, str, Any, str]]:
     output, stages = Recipe.model_fields["output_dir"], Recipe.model_fields["stages"]
     rows.append(("output_dir", "a path", "runs/<recipe name>", output.description or ""))
     rows.append(("stages", "a list of blocks", "one stage", stages.description or ""))
-    add(Stage, "", skip=("data", "name"))
+    add(Stage, "", skip=("data", *OWN_KEYS))
     rows.append(("stages.N.name", "text", "the objective's name", Stage.model_fields["name"].description or ""))
+    for key in ("adapter", "previous_adapter"):
+        field = Stage.model_fields[key]
+        rows.append(
+            (f"stages.N.{key}", words(field.annotation, field.metadata), field.default, field.description or "")
+        )
     rows.append(("stages.N.data", "a block", None, Stage.model_fields["data"].description or ""))
     return rows
 

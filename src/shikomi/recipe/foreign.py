@@ -109,7 +109,10 @@ OFF = "steps are not limited unless `max_steps` is given"
 BF16 = {True: "bf16", "auto": "auto", False: LeaveOut("`dtype` says it")}
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float": "fp32"}
 SCHEDULES = {"constant_with_warmup": "constant", "warmup_stable_decay": "wsd"}
-ADAMW = dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused"), "adamw")
+OPTIMIZERS = dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused"), "adamw") | {
+    "galore_adamw": "galore",
+    "galore_adamw_layerwise": "galore",
+}
 MASK = {True: "all", False: "everything"}
 
 KEYS: dict[str, Means] = {
@@ -183,11 +186,12 @@ KEYS: dict[str, Means] = {
     "lr": Means("learning_rate"),
     "lr_scheduler": Means("lr_scheduler_type", translated(SCHEDULES)),
     "warmup_ratio": Means("warmup_steps"),
-    "optimizer": Means("optim", translated(ADAMW)),
+    "optimizer": Means("optim", translated(OPTIMIZERS)),
     "adam_beta1": Means("optim.adam_beta1"),
     "adam_beta2": Means("optim.adam_beta2"),
     "adam_epsilon": Means("optim.adam_epsilon"),
     "loraplus_lr_ratio": Means("optim.loraplus_lr_ratio"),
+    "loraplus_lr_embedding": Means("optim.loraplus_lr_embedding"),
     "gradient_clipping": Means("max_grad_norm", translated({0: None})),
     "train_sampling_strategy": Means("shuffle", among({"random": True, "sequential": False})),
     "gradient_checkpointing": Means("recompute", among({True: "full", False: "none"})),
@@ -199,7 +203,7 @@ KEYS: dict[str, Means] = {
 VALUES: dict[str, Callable[[Any], Any]] = {
     "dtype": translated(DTYPES),
     "lr_scheduler_type": translated(SCHEDULES),
-    "optim": translated(ADAMW),
+    "optim": translated(OPTIMIZERS),
     "max_grad_norm": translated({0: None}),
     "max_steps": translated({-1: LeaveOut(OFF)}),
     "chat_template": translated({"tokenizer_default": LeaveOut("the model's own template is used")}),

@@ -10,10 +10,10 @@ from typing import Any
 
 from shikomi.recipe.edit import DEFAULT_NAMES, component_block, data_block
 from shikomi.recipe.pasted import STAGE_KEYS
-from shikomi.recipe.schema import LEARNING_RATE_ADAPTER, LEARNING_RATE_FULL
+from shikomi.recipe.schema import LEARNING_RATE_ADAPTER, LEARNING_RATE_FULL, OWN_KEYS
 from shikomi.recipe.tree import Block, Items
 
-INHERITED = tuple(key for key in STAGE_KEYS if key not in ("name", "data"))
+INHERITED = tuple(key for key in STAGE_KEYS if key not in (*OWN_KEYS, "data"))
 """Keys of a stage that may stand at the top, as every stage's default."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -101,14 +101,18 @@ def _stages(tree: Block) -> set[tuple[int, str]]:
             if key not in stage:
                 stage.put(key, copy.deepcopy(value), where)
                 from_top.add((i, key))
-        _components(stage, ("objective", "optim"))
+        _components(stage, ("adapter", "objective", "optim"))
         if stage.get("data") is None:
             stage.pop("data", None)
         else:
             stage["data"] = data_block(stage["data"], stage.place("data"))
             _sources(stage["data"])
         if stage.get("learning_rate") is None:
-            stage.put("learning_rate", _learning_rate(tree), stage.place("learning_rate"))
+            stage.put(
+                "learning_rate",
+                _learning_rate(stage if isinstance(stage.get("adapter"), Block) else tree),
+                stage.place("learning_rate"),
+            )
         if stage.get("name") is None:
             stage.put("name", _stage_name(stage, taken), stage.where)
         metric = stage.get("metric_for_best_model")

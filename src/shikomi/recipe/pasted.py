@@ -8,11 +8,11 @@ from shikomi.errors import BadInput, Problem
 from shikomi.recipe import foreign
 from shikomi.recipe.edit import component_block, data_block, set_path
 from shikomi.recipe.foreign import LeaveOut, Means, Refused
-from shikomi.recipe.schema import Recipe, Stage
+from shikomi.recipe.schema import OWN_KEYS, Recipe, Stage
 from shikomi.recipe.tree import Block, Items, Where, shown, tree_of
 
 STAGE_KEYS = tuple(Stage.model_fields)
-TOP_KEYS = tuple(dict.fromkeys([*Recipe.model_fields, *(key for key in STAGE_KEYS if key != "name")]))
+TOP_KEYS = tuple(dict.fromkeys([*Recipe.model_fields, *(key for key in STAGE_KEYS if key not in OWN_KEYS)]))
 
 _EMPTY = "it sets nothing"
 _PEFT_BLOCKS = ("peft_config", "lora_config")

@@ -61,14 +61,32 @@ class DataSpec(Part):
     test: tuple[Source, ...] | None = Field(
         default=None, description="Rows of the comparison after training; never used to choose anything."
     )
-    format: Literal["auto", "text", "messages", "sharegpt", "alpaca", "prompt_completion", "columns"] = Field(
-        default="auto", description="What the rows look like; auto recognises them by their keys."
-    )
+    format: Literal[
+        "auto",
+        "text",
+        "messages",
+        "sharegpt",
+        "alpaca",
+        "prompt_completion",
+        "columns",
+        "preference",
+        "unpaired_preference",
+    ] = Field(default="auto", description="What the rows look like; auto recognises them by their keys.")
     prompt: Text | None = Field(
         default=None, description="Template of the user's turn from the columns of a row: `Classify: {text}`."
     )
     completion: Text | None = Field(default=None, description="Template of the answer to train: `{label}`.")
     system: Text | None = Field(default=None, description="Template of the system message.")
+    chosen: Text | None = Field(default=None, description="Template of the preferred answer, for pairs: `{better}`.")
+    rejected: Text | None = Field(default=None, description="Template of the other answer, for pairs: `{worse}`.")
+    margin: Text | None = Field(
+        default=None,
+        description="By how much the chosen answer is better, for pairs: `{score}`; absent: the column `margin`.",
+    )
+    desirable: Text | None = Field(
+        default=None,
+        description="Whether the answer is good (true or false), for KTO: `{thumb}`; absent: the column `label`.",
+    )
     labels: tuple[Text, ...] | None = Field(
         default=None, min_length=2, description="The label set; absent: the sorted distinct training answers."
     )
@@ -96,6 +114,14 @@ class Stage(Part):
     name: ShortName = Field(default="sft", description="Name of the stage's folder; absent: its objective's name.")
     objective: ComponentSpec = Field(
         default=ComponentSpec(name="sft"), description="What is minimised: sft, or {name: ..., its options}."
+    )
+    adapter: ComponentSpec | None = Field(
+        default=None, description="What this stage trains, where that is not the recipe's `adapter`."
+    )
+    previous_adapter: Literal["continue", "freeze", "merge"] = Field(
+        default="continue",
+        description="What becomes of the adapter of the stage before: it is trained on, kept frozen under a new one, "
+        "or merged into the weights before a new one is put on.",
     )
     data: DataSpec | None = Field(default=None, description="Rows of this stage; absent: the recipe's `data`.")
     num_train_epochs: float = Field(default=1.0, gt=0, le=10_000, description="Passes over the training rows.")
@@ -156,6 +182,15 @@ class Stage(Part):
     share_prefix: bool = Field(
         default=True, description="Compute the prompt that several examples share once per micro-batch."
     )
+    reference: Literal["live", "precompute"] = Field(
+        default="live",
+        description="Where a reference policy's log-probabilities come from: computed in every step, or once for all "
+        "rows before the first step, which costs a pass over the rows and saves one in every epoch.",
+    )
+
+
+OWN_KEYS = ("name", "adapter", "previous_adapter")
+"""Keys of a stage that do not stand for every stage at the top of a file."""
 
 
 class Recipe(Part):

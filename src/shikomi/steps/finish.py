@@ -1,14 +1,14 @@
 """After the last step: the final adapter or model, what is compared, and what the run says of itself."""
 
-import dataclasses
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from shikomi.adapters._attach import Attached
-from shikomi.checkpoint.merge import save_model
+from shikomi.adapters.bottleneck import Bottleneck
+from shikomi.checkpoint.bottleneck_format import save_bottleneck
+from shikomi.checkpoint.merge import merge_weights, save_model
 from shikomi.checkpoint.peft_format import save_adapter
 from shikomi.model.files import ModelFiles
 from shikomi.model.language_model import LanguageModel
@@ -20,17 +20,20 @@ PACKAGES = ("shikomi", "torch", "transformers", "tokenizers", "safetensors", "nu
 
 
 def save_final(lm: LanguageModel, recipe: Recipe, files: ModelFiles, folder: Path, how: str) -> None:
-    """`final/` (or a stage's folder): an adapter in PEFT's format, or a whole transformers model."""
+    """`final/` (or a stage's folder): an adapter in PEFT's format, or our own where it has none, or a whole model."""
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[recipe.save_dtype]
-    if lm.attached is None:
+    if lm.rebased:
+        merge_weights(lm, torch.float32)
+    if lm.attached is None or lm.rebased:
         save_model(lm, folder, dtype)
         return
-    tensors = {name: p.detach().cpu() for name, p in lm.trainable().items()}
+    config, tensors = lm.attached.export()
     sources = ", ".join(Path(s.path).name for s in recipe.data.train)
-    save_adapter(
+    save = save_bottleneck if isinstance(lm.attached.options, Bottleneck) else save_adapter
+    save(
         folder,
-        peft_options(lm.attached),
-        tensors,
+        config,
+        {name: tensor.cpu() for name, tensor in tensors.items()},
         files.origin,
         dtype=recipe.save_dtype,
         revision=files.revision,
@@ -38,11 +41,6 @@ def save_final(lm: LanguageModel, recipe: Recipe, files: ModelFiles, folder: Pat
         method=how,
     )
     lm.tokenizer.save_pretrained(str(folder))
-
-
-def peft_options(attached: Attached) -> dict[str, Any]:
-    """The adapter's options as fields of PEFT's LoraConfig."""
-    return {"task_type": "CAUSAL_LM", **dataclasses.asdict(attached.options)}
 
 
 def stage_result(name: str, state: State, before: State) -> dict[str, Any]:
@@ -74,7 +72,7 @@ def result(
     return {
         "finished": True,
         "model": recipe.model,
-        "adapter": recipe.adapter.name,
+        "adapter": lm.attached.options.name if lm.attached is not None else recipe.adapter.name,
         "stages": state.finished_stages,
         "steps": state.global_step,
         "wall_seconds": round(wall_seconds, 3),

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shikomi.adapters._adapter import Attached
 from shikomi.checkpoint.fingerprint import fingerprint
 from shikomi.checkpoint.manifest import checkpoint_folder, prune, write_checkpoint
 from shikomi.checkpoint.rundir import RunDir
 from shikomi.data.encode import Encoder
+from shikomi.evaluate.preferences import PreferenceTask, evaluate_preferences
 from shikomi.evaluate.run_eval import Task, evaluate
 from shikomi.model.language_model import LanguageModel
 from shikomi.progress import Progress
@@ -21,6 +23,9 @@ from shikomi.steps.memory import peak_memory_bytes
 from shikomi.steps.writers import Writer
 from shikomi.train.state import Settings, State
 from shikomi.train.step import Plan
+
+SHOWN = ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins")  # of held-back preferences, on the console
+PREVIOUS = "previous"  # first part of the names under which a checkpoint keeps adapters of earlier stages
 
 
 @dataclass
@@ -34,7 +39,7 @@ class RunHooks:
     settings: Settings
     state: State
     encoder: Encoder
-    validation: Task | None
+    validation: Task | PreferenceTask | None
     progress: Progress
     writers: list[Writer]
     samples: list[dict[str, Any]] = field(default_factory=list)
@@ -65,7 +70,9 @@ class RunHooks:
     def evaluate(self, state: State) -> dict[str, float]:
         """Validation loss and metrics as eval_*, and the answers to the sample prompts."""
         started, scores = time.perf_counter(), {}
-        if self.validation is not None:
+        if isinstance(self.validation, PreferenceTask):
+            scores = {f"eval_{name}": v for name, v in evaluate_preferences(self.lm, self.validation).items()}
+        elif self.validation is not None:
             done = evaluate(self.lm, self.validation, None, self.progress, "validation")
             scores = {f"eval_{name}": float(m["value"]) for name, m in done.measurements.items()}
         record: dict[str, Any] = {"stage": self.stage.name, "step": state.global_step, **scores}
@@ -76,7 +83,8 @@ class RunHooks:
         for writer in self.writers:
             writer.write(state.global_step, scores)
         if scores:
-            self.note(f"step {state.step}: " + ", ".join(f"{k} {v:.4g}" for k, v in scores.items()))
+            shown = scores if isinstance(self.validation, Task) else {k: v for k, v in scores.items() if k in SHOWN}
+            self.note(f"step {state.step}: " + ", ".join(f"{k} {v:.4g}" for k, v in shown.items()))
         return scores
 
     def _sample(self) -> list[dict[str, str]]:
@@ -113,11 +121,22 @@ class RunHooks:
 def save_checkpoint(rundir: RunDir, lm: LanguageModel, optimizer: torch.optim.Optimizer, state: State) -> None:
     """Adapter (or model) in fp32, optimizer, and state: everything that a resume needs, bit for bit."""
     rundir.sync_metrics()
-    trained = {name: p.detach() for name, p in lm.trainable().items()}
-    tensors = {"adapter": trained, "optimizer": optimizer_tensors(lm, optimizer)}
+    tensors = {"adapter": checkpoint_tensors(lm), "optimizer": optimizer_tensors(lm, optimizer)}
     folder = checkpoint_folder(rundir.checkpoints, state.global_step)
     content = state.to_json() | {"step": state.global_step, "stage_step": state.step}
     write_checkpoint(folder, tensors, content, fingerprint(lm.device))
+
+
+def kept_tensors(attached: Attached) -> dict[str, Tensor]:
+    """What a checkpoint keeps of an adapter: trained parameters, and what was fixed at its start."""
+    return {name: p.detach() for name, p in attached.parameters().items()} | attached.fixed()
+
+
+def checkpoint_tensors(lm: LanguageModel) -> dict[str, Tensor]:
+    """What a checkpoint keeps of the model: what is trained now, and the adapters of earlier stages as they ended."""
+    mine = {n: p.detach() for n, p in lm.trainable().items()} if lm.attached is None else kept_tensors(lm.attached)
+    earlier = {f"{PREVIOUS}.{i}.{n}": t for i, tensors in enumerate(lm.earlier) for n, t in tensors.items()}
+    return mine | earlier
 
 
 def restored_state(saved: dict[str, Any]) -> State:
@@ -142,15 +161,18 @@ def restore_optimizer(lm: LanguageModel, optimizer: torch.optim.Optimizer, tenso
     for name, tensor in tensors.items():
         key, _, parameter = name.partition("/")
         target = trained[parameter]
-        optimizer.state[target][key] = tensor.to(target.device).clone()
+        kept = tensor.to(target.device).clone()
+        if kept.shape == target.shape:  # the fused kernel takes state to lie in memory as its parameter does
+            kept = torch.empty_like(target, dtype=kept.dtype, requires_grad=False).copy_(kept)
+        optimizer.state[target][key] = kept
 
 
 def restore_trained(lm: LanguageModel, tensors: dict[str, Tensor], folder: Path) -> None:
     """Puts trained parameters back from a checkpoint."""
-    trained = lm.trainable()
-    missing = trained.keys() ^ tensors.keys()
+    mine = checkpoint_tensors(lm)
+    missing = mine.keys() ^ tensors.keys()
     if missing:
         raise ValueError(f"{folder} does not hold this run's parameters: {sorted(missing)[:3]}")
     with torch.no_grad():
-        for name, parameter in trained.items():
-            parameter.copy_(tensors[name])
+        for name, tensor in mine.items():
+            tensor.copy_(tensors[name])

@@ -1,14 +1,20 @@
 """Memory: what is free, what a stage will keep, what was used; and a plain bound before anything is loaded."""
 
+import math
 import resource
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from shikomi.adapters._adapter import Adapter
+from shikomi.adapters.full import Full
 from shikomi.errors import BadInput, Problem
 from shikomi.model.language_model import LanguageModel
+from shikomi.optim.galore import GaLore
+from shikomi.recipe import build
 from shikomi.recipe.schema import Recipe, Stage
 
 IMPORTS = 400 << 20  # bytes that the interpreter and its libraries take
@@ -17,9 +23,9 @@ IMPORTS = 400 << 20  # bytes that the interpreter and its libraries take
 def peak_memory_bytes() -> int:
     """Peak resident bytes of this process plus the largest finished child."""
     unit = 1 if sys.platform == "darwin" else 1024
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    return (own + children) * unit
+    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit
+    own = _kilobytes(Path("/proc/self/status"), "VmHWM:")  # ru_maxrss begins at the parent's size on Linux
+    return children + (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit if own is None else own * 1024)
 
 
 def peak_device_memory_bytes(device: torch.device) -> int | None:
@@ -36,7 +42,8 @@ def choose_recompute(lm: LanguageModel, stage: Stage, micro_batch_tokens: int) -
         wanted = 0
     lm.recompute = wanted if wanted == "full" else min(int(wanted), lm.layers)
     if lm.path != "fused" and lm.recompute:
-        lm.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        settings = {"use_reentrant": False, "context_fn": lm.recomputing}
+        lm.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
         lm.model.train()
 
 
@@ -47,8 +54,14 @@ def kept_bytes(lm: LanguageModel, micro_batch_tokens: int) -> tuple[int, int]:
     wide = config.get("intermediate_size") or config.get("n_inner") or 4 * hidden
     size = (lm.dtypes.storage if lm.path == "fused" else lm.dtypes.arithmetic).itemsize
     gate_up = 2 * wide * size * micro_batch_tokens
-    rest = (5 if lm.path == "fused" else 16) * hidden * size * micro_batch_tokens
+    rest = (_kept_widths(lm) if lm.path == "fused" else 16) * hidden * size * micro_batch_tokens
     return rest + (gate_up if lm.path == "fused" else 2 * gate_up), gate_up
+
+
+def _kept_widths(lm: LanguageModel) -> int:
+    """Hidden states that a fused layer keeps per token: h, q, k, v, h2; outputs too, where an adapter reads them."""
+    reads_outputs = lm.attached is not None and lm.attached.options.name in ("dora", "bottleneck")
+    return 7 if reads_outputs else 5
 
 
 def _automatic(lm: LanguageModel, micro_batch_tokens: int) -> int | str:
@@ -82,22 +95,47 @@ def free_memory(lm: LanguageModel) -> int | None:
 
 def host_memory() -> int | None:
     """Bytes of host memory that are available; None where that cannot be told."""
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():
-        return None
-    for line in meminfo.read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None
+    available = _kilobytes(Path("/proc/meminfo"), "MemAvailable:")
+    return None if available is None else available * 1024
 
 
-def check_room(recipe: Recipe, weight_bytes: int, total_parameters: int) -> int:
+def _kilobytes(table: Path, name: str) -> int | None:
+    """A line of a table of the kernel, in kB; None where there is no such table or line."""
+    lines = table.read_text().splitlines() if table.exists() else []
+    return next((int(line.split()[1]) for line in lines if line.startswith(name)), None)
+
+
+def _optimizer_bytes(stage: Stage, trained: dict[str, tuple[int, ...]]) -> int:
+    """Bytes of gradients and optimizer state of a stage that trains tensors of these shapes."""
+    optim: Any = build("optim", stage.optim)
+    if isinstance(optim, GaLore):  # gradients are projected one by one
+        return optim.state_bytes(trained).total
+    return 12 * sum(math.prod(shape) for shape in trained.values())
+
+
+def stored_bytes(shapes: dict[str, tuple[int, ...]], bits: float) -> int:
+    """Bytes of the weights of these shapes with linear maps in `bits` per weight and the rest in bf16."""
+    dense = ("embed", "lm_head", "wte", "wpe")
+    few = sum(math.prod(s) for n, s in shapes.items() if len(s) == 2 and not any(d in n for d in dense))
+    return int(few * bits / 8 + 2 * (sum(math.prod(s) for s in shapes.values()) - few))
+
+
+def check_room(recipe: Recipe, adapter: Adapter, weight_bytes: int, shapes: dict[str, tuple[int, ...]]) -> int:
     """A plain lower bound of the run's peak host memory in bytes; raises BadInput where memory or disk is short.
 
-    Weights as stored, and for full fine-tuning fp32 masters, gradients and two moments; activations are not counted.
+    Weights as stored, and for full fine-tuning fp32 masters, gradients and the optimizer's state of what is trained;
+    activations are not counted. `shapes` are those of the model's tensors.
     """
-    full = recipe.adapter.name == "full"
-    need = IMPORTS + (16 * total_parameters if full else weight_bytes)
+    full = isinstance(adapter, Full)
+    need = IMPORTS + weight_bytes
+    saved = 50 << 20
+    if isinstance(adapter, Full):
+        names = adapter.trained_names(list(shapes))
+        trained = {name: shape for name, shape in shapes.items() if name in names}
+        total_parameters = sum(math.prod(shape) for shape in trained.values())
+        most = max(_optimizer_bytes(stage, trained) for stage in recipe.stages)
+        need += 4 * total_parameters + most
+        saved = 3 * (4 * total_parameters + most) + 2 * total_parameters
     free = host_memory()
     problems = []
     if free is not None and need > free:
@@ -106,7 +144,6 @@ def check_room(recipe: Recipe, weight_bytes: int, total_parameters: int) -> int:
         problems.append(Problem("not enough memory", found=found, fix=fix))
     place = next(p for p in (recipe.output_dir, *recipe.output_dir.parents) if p.exists())
     room = shutil.disk_usage(place).free
-    saved = (3 * 12 + 2) * total_parameters if full else 50 << 20
     if saved > room:
         found = f"at least {saved / 1e9:.1f} GB needed for checkpoints, {room / 1e9:.1f} GB free"
         problems.append(

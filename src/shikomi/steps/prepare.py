@@ -1,26 +1,30 @@
 """Before the first step: model files, tokenizer, tokens, and the rows that are evaluated; the run is not touched."""
 
-import math
 import os
-from dataclasses import dataclass, replace
-from itertools import islice
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from shikomi.adapters.dora import Dora
 from shikomi.adapters.full import Full
 from shikomi.adapters.lora import Lora
+from shikomi.adapters.prefix import Prefix
+from shikomi.adapters.prompt import Prompt
+from shikomi.checkpoint.bottleneck_format import is_bottleneck, load_bottleneck
 from shikomi.checkpoint.peft_format import load_adapter
-from shikomi.data.check import Scan, labels_of, load_conversations, template_labels
+from shikomi.data.check import labels_of, load_conversations
 from shikomi.data.conversation import Conversation
 from shikomi.data.encode import Encoder
 from shikomi.data.order import Steps
-from shikomi.data.packing import Example
+from shikomi.data.pairs import unshared_length
 from shikomi.data.sources import fingerprint
-from shikomi.data.split import Split, split_rows
-from shikomi.data.store import TokenStore
+from shikomi.data.split import Split
+from shikomi.data.store import STORES, Store
 from shikomi.errors import BadInput, Problem
 from shikomi.evaluate.run_eval import Task, choose_metrics, sample_rows
 from shikomi.model.catalog import cache_root
@@ -29,10 +33,23 @@ from shikomi.model.files import ModelFiles, resolve
 from shikomi.model.language_model import LanguageModel
 from shikomi.model.load import load_model
 from shikomi.progress import Progress
+from shikomi.quant.none import NoQuantization
 from shikomi.recipe import build
-from shikomi.recipe.schema import DataSpec, Recipe, Stage
+from shikomi.recipe.schema import DataSpec, Recipe, Source, Stage
 from shikomi.registry import find
-from shikomi.steps.memory import check_room
+from shikomi.steps.adapters import check_stages
+from shikomi.steps.memory import check_room, stored_bytes
+from shikomi.steps.rows import (
+    answers,
+    check_metric,
+    check_precompute,
+    first_answers,
+    kind_of,
+    kind_of_rows,
+    shown_labels,
+    split,
+    test_rows,
+)
 
 FEW_LABELS = 50  # distinct answers up to which a task without data.labels is scored as classification
 ROWS_FOR_SHOTS = 20_000  # training rows that the few-shot and majority baselines look at
@@ -44,30 +61,33 @@ class StageData:
 
     spec: DataSpec
     encoder: Encoder
-    store: TokenStore
+    store: Store[Any]
     steps: Steps
     total_steps: int
-    validation: Task | None
+    validation: Task | None  # of conversations
     side: Split | None  # of a validation split: which rows are trained
+    kind: str = "conversations"  # what the objective learns from: that, pairs or thumbs
+    held_back: Store[Any] | None = None  # validation rows of preferences
 
     @property
     def steps_per_epoch(self) -> int:
         return self.steps.per_epoch
 
-    def examples(self, step: int) -> list[Example]:
+    def examples(self, step: int) -> list[Any]:
         """Examples of optimizer step `step`, a function of the seed and the step alone."""
         return [self.store[int(i)] for i in self.steps.indices(step)]
 
-    def largest(self, micro_batch_tokens: int) -> list[Example]:
+    def largest(self, micro_batch_tokens: int, share_prefix: bool = True) -> list[Any]:
         """The fullest micro-batch that an optimizer step could hold: the longest rows, as many as fit."""
-        lengths = self.store.lengths
-        order = np.argsort(-lengths, kind="stable")[: self.steps.batch_size]
-        chosen, tokens = [int(order[0])], int(lengths[order[0]])
-        for index in order[1:]:
-            if tokens + lengths[index] <= micro_batch_tokens:
-                chosen.append(int(index))
-                tokens += int(lengths[index])
-        return [self.store[i] for i in chosen]
+        tokens_of = len if share_prefix or self.kind == "conversations" else unshared_length
+        order = np.argsort(-self.store.lengths, kind="stable")[: self.steps.batch_size]
+        longest, *others = [self.store[int(i)] for i in order]
+        chosen, tokens = [longest], tokens_of(longest)
+        for example in others:
+            if tokens + tokens_of(example) <= micro_batch_tokens:
+                chosen.append(example)
+                tokens += tokens_of(example)
+        return chosen
 
 
 @dataclass(frozen=True)
@@ -80,7 +100,7 @@ class Prepared:
     test: Task | None
     labels: tuple[str, ...] | None
     fingerprints: dict[str, str]
-    adapter: Any  # Lora or Full: the recipe's, or that of the adapter which is continued
+    adapter: Any  # the recipe's, or that of the adapter which is continued
     tensors: dict[str, Tensor] | None  # of the adapter which is continued
     memory_bound: int  # bytes that the run needs at least
 
@@ -88,8 +108,7 @@ class Prepared:
         """Training rows as conversations, for the baselines that learn from them in the prompt."""
         data = self.recipe.data
         side = next((stage.side for stage in self.stages if stage.spec is data), None)
-        scan = Scan(data.train, data, template_labels(data, self.labels), "train", side)
-        return [item.conversation for item in islice(scan, ROWS_FOR_SHOTS)]
+        return first_answers(data, self.labels, side, kind_of_rows(self.recipe), ROWS_FOR_SHOTS)
 
     def summary(self) -> dict[str, Any]:
         """What result.json says of the data."""
@@ -108,7 +127,12 @@ def prepare(recipe: Recipe, progress: Progress) -> Prepared:
     for note in files.notes:
         progress.note(note)
     adapter, tensors = _adapter(recipe, files, progress)
-    bound = check_room(recipe, sum(p.stat().st_size for p in files.folder.glob("*.safetensors")), _parameters(files))
+    shapes = weight_shapes(files.folder, [])
+    stored = sum(p.stat().st_size for p in files.folder.glob("*.safetensors"))
+    quant = scheme(recipe)
+    stored = stored if quant is None else min(stored, stored_bytes(shapes, quant.bits))
+    check_stages(recipe, adapter)
+    bound = check_room(recipe, adapter, stored, shapes)
     progress.phase("reading the data")
     tokenizer = _tokenizer(recipe, files)
     labels = _labels(recipe)
@@ -116,10 +140,9 @@ def prepare(recipe: Recipe, progress: Progress) -> Prepared:
     test = None
     if recipe.evaluate is not None and recipe.data.test is not None:
         test = _test(recipe, stages[0].encoder, labels)
-    elif recipe.evaluate is not None and stages[-1].validation is not None:
+    elif recipe.evaluate is not None and (last := _validation_rows(recipe, stages[-1], labels)):
         progress.note("no data.test: the comparison is on the validation rows")
-        held_back = sample_rows(stages[-1].validation.rows, recipe.evaluate.limit, recipe.seed)
-        test = replace(stages[-1].validation, rows=held_back, metrics=choose_metrics(recipe.evaluate.metrics, labels))
+        test = _task(recipe, stages[-1].encoder, labels, last)
     prints = {
         f"{i}.{role}.{s.path}": fingerprint(s, role)
         for i, stage in enumerate(recipe.stages)
@@ -151,6 +174,8 @@ def _labels(recipe: Recipe) -> tuple[str, ...] | None:
     data = recipe.data
     if data.labels is not None:
         return tuple(data.labels)
+    if kind_of_rows(recipe) != "conversations":
+        return None
     asked = set(recipe.evaluate.metrics) if recipe.evaluate else set()
     asked |= {s.metric_for_best_model.removeprefix("eval_") for s in recipe.stages}
     kinds: list[Any] = [find("metrics", name) for name in asked - {"loss"}]
@@ -168,20 +193,24 @@ def _stage(
 ) -> StageData:
     spec = recipe.data_of(stage)
     encoder = Encoder(tokenizer, recipe.chat, recipe.chat_template, spec.train_on, recipe.max_length)
-    train_side, validation_side = _split(recipe, spec)
-    shown = template_labels(spec, labels if spec is recipe.data else None)
-    store = TokenStore.build(spec.train, spec, encoder, cache_root() / "tokens", shown, "train", train_side, progress)
+    kind = kind_of(stage)
+    check_metric(stage, kind)
+    check_precompute(stage, build("objectives", stage.objective).needs)
+    train_side, validation_side = split(spec, kind, recipe.seed)
+    shown = shown_labels(spec, labels if spec is recipe.data else None, kind)
+    build_store, cache = STORES[kind].build, cache_root() / "tokens"
+    store = build_store(spec.train, spec, encoder, cache, shown, "train", train_side, progress)
     for line in [*encoder.notes, *store.report.lines(recipe.max_length)]:
         progress.note(line)
     steps = Steps(
         len(store), stage.batch_size, _order_seed(recipe.seed, recipe.stages.index(stage)), stage.shuffle, store.weights
     )
-    validation = None
-    sources = spec.validation if isinstance(spec.validation, tuple) else spec.train if spec.validation else None
-    if sources is not None:
-        items = load_conversations(
-            sources, spec, shown, "validation" if validation_side is None else "train", validation_side
-        )
+    validation, held_back = None, None
+    sources, role = _validation_sources(spec)
+    if sources and kind != "conversations":
+        held_back = build_store(sources, spec, encoder, cache, shown, role, validation_side, progress)
+    elif sources:
+        items = load_conversations(sources, spec, shown, role, validation_side)
         metric = stage.metric_for_best_model.removeprefix("eval_")
         metrics = choose_metrics(list(dict.fromkeys(["loss", metric])), labels)
         validation = Task(
@@ -196,27 +225,40 @@ def _stage(
         key = "early_stopping_patience" if stage.early_stopping_patience is not None else "load_best_model_at_end"
         raise BadInput([Problem(f"{key} needs validation rows", fix="set data.validation: 0.05, or a file")])
     total = steps.total(stage.num_train_epochs, stage.max_steps)
-    return StageData(spec, encoder, store, steps, total, validation, train_side)
+    return StageData(spec, encoder, store, steps, total, validation, train_side, kind, held_back)
+
+
+def _validation_sources(spec: DataSpec) -> tuple[tuple[Source, ...], str]:
+    """Where validation rows come from, and which files of a folder: files of their own, or the training rows."""
+    if isinstance(spec.validation, tuple):
+        return spec.validation, "validation"
+    return (spec.train, "train") if spec.validation else ((), "validation")
 
 
 def _order_seed(seed: int, stage: int) -> int:
     return (seed * 1009 + stage) % (1 << 63)
 
 
-def _split(recipe: Recipe, spec: DataSpec) -> tuple[Split | None, Split | None]:
-    """Training and validation side where the recipe asks for a share of the training rows."""
-    if not isinstance(spec.validation, float):
-        return None, None
-    scan = Scan(spec.train, spec, template_labels(spec, None), "train")
-    return split_rows(scan.conversations(), spec.validation, recipe.seed)
-
-
 def _test(recipe: Recipe, encoder: Encoder, labels: tuple[str, ...] | None) -> Task:
-    assert recipe.evaluate is not None and recipe.data.test is not None
-    items = load_conversations(recipe.data.test, recipe.data, template_labels(recipe.data, labels), "test")
-    rows = sample_rows([item.conversation for item in items], recipe.evaluate.limit, recipe.seed)
+    return _task(recipe, encoder, labels, test_rows(recipe.data, labels, kind_of_rows(recipe)))
+
+
+def _validation_rows(recipe: Recipe, data: StageData, labels: tuple[str, ...] | None) -> list[Conversation]:
+    """The validation rows of a stage as conversations; none where there are none."""
+    if data.validation is not None:
+        return list(data.validation.rows)
+    if data.held_back is None:
+        return []
+    sources, role = _validation_sources(data.spec)
+    _, side = split(data.spec, data.kind, recipe.seed)
+    return list(answers(sources, data.spec, labels, role, side, data.kind))
+
+
+def _task(recipe: Recipe, encoder: Encoder, labels: tuple[str, ...] | None, found: Sequence[Conversation]) -> Task:
+    """The comparison of the recipe's `evaluate` on these rows."""
+    assert recipe.evaluate is not None
     return Task(
-        rows,
+        sample_rows(found, recipe.evaluate.limit, recipe.seed),
         encoder,
         choose_metrics(recipe.evaluate.metrics, labels),
         labels,
@@ -229,22 +271,32 @@ def _test(recipe: Recipe, encoder: Encoder, labels: tuple[str, ...] | None) -> T
 def _adapter(recipe: Recipe, files: ModelFiles, progress: Progress) -> tuple[Any, dict[str, Tensor] | None]:
     """The adapter that is trained: fresh, or the one that `model:` named, with its tensors."""
     adapter: Any = build("adapters", recipe.adapter)
+    if recipe.new_tokens and not isinstance(adapter, Lora | Full):
+        fix = "use adapter: lora, or take new_tokens out"
+        what = f"adapter: {adapter.name} does not train embeddings, which new_tokens need"
+        raise BadInput([Problem(what, found=", ".join(recipe.new_tokens), fix=fix)])
     if files.adapter is None:
         return adapter, None
     if isinstance(adapter, Full):
         fix = "merge it first: shikomi merge, and name the merged folder as model"
         raise BadInput([Problem("adapter: full cannot continue an adapter", found=str(files.adapter), fix=fix)])
-    loaded = load_adapter(files.adapter)
-    progress.note(f"continuing the adapter {files.adapter} with its own r, lora_alpha and target_modules")
-    for note in loaded.notes:
+    options, tensors, notes = saved_adapter(files.adapter)
+    own = "r, lora_alpha and target_modules" if isinstance(options, Lora) else "options"
+    progress.note(f"continuing the adapter {files.adapter} with its own {own}")
+    for note in notes:
         progress.note(note)
-    return lora_of(loaded.config), loaded.tensors
+    return options, tensors
 
 
-def _parameters(files: ModelFiles) -> int:
-    """Parameters of a model folder from the headers of its weights."""
-    problems: list[Problem] = []
-    return sum(math.prod(shape) for shape in weight_shapes(files.folder, problems).values())
+def scheme(recipe: Recipe) -> Any:
+    """How the base's linear maps are stored: None for as they were loaded. Raises BadInput for full fine-tuning."""
+    quant: Any = build("quant", recipe.quant)
+    if isinstance(quant, NoQuantization):
+        return None
+    if recipe.adapter.name == "full":
+        fix = "use adapter: lora, or quant: none"
+        raise BadInput([Problem(f"quant: {quant.name} freezes what adapter: full trains", fix=fix)])
+    return quant
 
 
 def build_model(recipe: Recipe, prepared: Prepared, progress: Progress) -> LanguageModel:
@@ -260,6 +312,7 @@ def build_model(recipe: Recipe, prepared: Prepared, progress: Progress) -> Langu
         recipe.max_length,
         recipe.new_tokens,
         _tokenizer_folder(files),
+        scheme(recipe),
     )
     if prepared.tensors is not None and lm.attached is not None:
         lm.attached.load(prepared.tensors, str(files.adapter))
@@ -274,7 +327,21 @@ def _tokenizer_folder(files: ModelFiles) -> str | None:
     return None
 
 
-def lora_of(config: dict[str, Any]) -> Lora:
+def saved_adapter(folder: Path) -> tuple[Any, dict[str, Tensor], list[str]]:
+    """Options, tensors and notes of an adapter folder, in PEFT's format or our own. Raises BadInput."""
+    if is_bottleneck(folder):
+        return load_bottleneck(folder)
+    loaded = load_adapter(folder)
+    return adapter_of(loaded.config), loaded.tensors, loaded.notes
+
+
+def adapter_of(config: dict[str, Any]) -> Any:
     """The options of a saved adapter, from PEFT's config."""
-    fields = {name: config[name] for name in Lora.__dataclass_fields__ if config.get(name) is not None}
-    return Lora(**fields)
+    tokens = int(config.get("num_virtual_tokens") or 0)
+    if config["peft_type"] == "PROMPT_TUNING":
+        start = config["prompt_tuning_init"]
+        return Prompt(tokens, start, config["prompt_tuning_init_text"] if start == "TEXT" else None)
+    if config["peft_type"] == "PREFIX_TUNING":  # the file has what the projection made, not the projection
+        return Prefix(tokens, init_weights=config["init_weights"])
+    kind = Dora if config.get("use_dora") else Lora
+    return kind(**{f.name: config[f.name] for f in fields(kind) if config.get(f.name) is not None})

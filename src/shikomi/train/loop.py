@@ -12,11 +12,11 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from shikomi.data.packing import Example
 from shikomi.errors import NonFinite, Stopped, TryAgain
 from shikomi.model.language_model import LanguageModel
 from shikomi.objectives._objective import Objective
 from shikomi.optim._schedule import factor
+from shikomi.train.prepare import Reference
 from shikomi.train.state import Settings, State, better
 from shikomi.train.step import Plan, gradients, plan_step
 
@@ -47,12 +47,13 @@ class Run:
     """The parts that the loop drives."""
 
     lm: LanguageModel
-    objective: Objective
-    batch: Callable[[int], list[Example]]  # examples of optimizer step i, a function of i alone
+    objective: Objective[Any]
+    batch: Callable[[int], list[Any]]  # examples of optimizer step i, of the objective's kind: a function of i alone
     optimizer: torch.optim.Optimizer
     settings: Settings
     state: State
     hooks: Hooks
+    reference: Reference | None = None  # where the objective needs one
 
 
 def train(run: Run) -> None:
@@ -65,6 +66,9 @@ def train(run: Run) -> None:
     state.micro_batch_tokens = state.micro_batch_tokens or settings.micro_batch_tokens
     saved_at = time.monotonic()
     scaler = torch.amp.GradScaler(run.lm.device.type, enabled=run.lm.dtypes.arithmetic == torch.float16)
+    if state.loss_scale:
+        scaler.load_state_dict(state.loss_scale)
+    scaler.scale(torch.zeros((), device=run.lm.device))  # makes its tensors; `gradients` multiplies the loss itself
     with _signals() as asked:
         while state.step < settings.total_steps and not state.stopped_early:
             record = _step(run, scaler)
@@ -75,6 +79,7 @@ def train(run: Run) -> None:
             due = settings.save_steps and state.step % settings.save_steps == 0
             overdue = not settings.save_steps and time.monotonic() - saved_at > SAVE_SECONDS
             if due or overdue or ends or state.stopped_early or asked:
+                state.loss_scale = scaler.state_dict()
                 run.hooks.save(state, best=False)
                 saved_at = time.monotonic()
             if asked and not ends:
@@ -91,7 +96,8 @@ def _step(run: Run, scaler: torch.amp.GradScaler) -> dict[str, Any]:
     for group in run.optimizer.param_groups:
         group["lr"] = rate * group.get("ratio", 1.0)
     plan, sums = _gradients(run, examples, float(scaler.get_scale()))
-    trained = [p for p in run.lm.trainable().values() if p.grad is not None]
+    held = [*run.lm.trainable().values(), *(p for group in run.optimizer.param_groups for p in group["params"])]
+    trained = [p for p in dict.fromkeys(held) if p.grad is not None]  # with what stands in for projected gradients
     scaler.unscale_(run.optimizer)
     norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
     values = torch.stack(
@@ -130,13 +136,16 @@ def _step(run: Run, scaler: torch.amp.GradScaler) -> dict[str, Any]:
     }
 
 
-def _gradients(run: Run, examples: list[Example], scale: float) -> tuple[Plan, dict[str, torch.Tensor]]:
-    settings, state = run.settings, run.state
+def _gradients(run: Run, examples: list[Any], scale: float) -> tuple[Plan, dict[str, torch.Tensor]]:
+    settings, state, objective = run.settings, run.state, run.objective
+    kind = (objective.data, objective.needs, settings.max_length)
     key = _key(settings.seed, state.global_step)
     for attempt in (1, 2):
-        plan = plan_step(examples, state.micro_batch_tokens, settings.share_prefix)
+        plan = plan_step(examples, state.micro_batch_tokens, settings.share_prefix, *kind)
+        for group in run.optimizer.param_groups:
+            group["micro_batches"] = len(plan.micro)
         try:
-            return plan, gradients(run.lm, run.objective, plan, key, scale)
+            return plan, gradients(run.lm, objective, plan, key, scale, run.reference)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
@@ -154,7 +163,7 @@ def _gradients(run: Run, examples: list[Example], scale: float) -> tuple[Plan, d
     raise AssertionError("unreachable")
 
 
-def probe(run: Run, largest: list[Example]) -> None:
+def probe(run: Run, largest: list[Any]) -> None:
     """Computes the gradients of the largest micro-batch of the stage once and throws them away.
 
     So an out-of-memory shows in the first seconds, where it halves the micro-batch, and not at step 164.

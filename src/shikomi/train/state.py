@@ -15,6 +15,7 @@ class Settings:
     max_grad_norm: float | None
     micro_batch_tokens: int
     share_prefix: bool
+    max_length: int
     seed: int
     eval_steps: int
     save_steps: int | None
@@ -35,6 +36,7 @@ class State:
     total_tokens: int = 0
     training_seconds: float = 0.0
     last_loss: float | None = None
+    loss_scale: dict[str, Any] = field(default_factory=dict)  # fp16: state of the gradient scaler; empty elsewhere
     best: float | None = None
     best_step: int | None = None
     worse_evaluations: int = 0

@@ -1,0 +1,60 @@
+"""Whole runs over a base in few bits: they learn, resume bit for bit, and answer over the base they were trained on."""
+
+import pytest
+import torch
+from running import final_bytes, losses, tiny_recipe, write_rows
+
+from shikomi.errors import BadInput
+from shikomi.inference import merge, open_model
+from shikomi.quant._quantized import Quantized
+from shikomi.run import resume, train
+
+LORA = {"name": "lora", "r": 4, "lora_alpha": 8}
+DORA = {"name": "dora", "r": 4, "lora_alpha": 8}
+
+
+@pytest.fixture
+def rows(tmp_path, monkeypatch):
+    monkeypatch.setenv("SHIKOMI_CACHE", str(tmp_path / "cache"))
+    return write_rows(tmp_path / "rows.jsonl")
+
+
+@pytest.mark.parametrize("adapter", [LORA, DORA], ids=["lora", "dora"])
+@pytest.mark.parametrize(
+    "quant", ["nf4", "fp4", "int8", {"name": "nf4", "double_quant": False, "block_size": 32}], ids=str
+)
+def test_a_run_over_few_bits_learns_and_its_adapter_answers_over_them(quant, adapter, tiny_llama, rows, tmp_path):
+    settings = {"quant": quant, "adapter": adapter, "max_steps": 20, "learning_rate": 2e-2, "save_dtype": "fp32"}
+    done = train(tiny_recipe(tiny_llama, rows, tmp_path / "run", **settings))
+    curve = losses(tmp_path / "run")
+    assert curve[-1][1] < 0.8 * curve[0][1] and all(norm > 0 for _, _, norm in curve)
+    plain = train(tiny_recipe(tiny_llama, rows, tmp_path / "plain", adapter=adapter, max_steps=1))
+    assert done.values["total_parameters"] == plain.values["total_parameters"]  # logical, whatever stores them
+    assert losses(tmp_path / "plain")[0][1] != curve[0][1]
+    lm = open_model(tmp_path / "run", dtype="fp32").lm
+    assert sum(isinstance(module, Quantized) for module in lm.model.modules()) == 14
+    assert open_model(tmp_path / "run" / "final", dtype="fp32").lm.total_parameters == lm.total_parameters
+
+
+def test_a_resumed_run_over_nf4_is_the_uninterrupted_one(tiny_llama, rows, tmp_path):
+    keys = {"quant": "nf4", "lr_scheduler_type": "constant"}
+    train(tiny_recipe(tiny_llama, rows, tmp_path / "whole", max_steps=6, **keys))
+    train(tiny_recipe(tiny_llama, rows, tmp_path / "cut", max_steps=3, **keys))
+    resume(tmp_path / "cut", ["max_steps=6"])
+    assert final_bytes(tmp_path / "cut") == final_bytes(tmp_path / "whole")
+
+
+def test_merging_takes_the_base_out_of_its_few_bits(tiny_llama, rows, tmp_path):
+    train(tiny_recipe(tiny_llama, rows, tmp_path / "run", quant="nf4", save_dtype="fp32"))
+    ids = [[5, 7, 9, 11, 13]]
+    with torch.no_grad():
+        before = open_model(tmp_path / "run").lm.model(input_ids=torch.tensor(ids)).logits
+        report = merge(tmp_path / "run", tmp_path / "merged", "fp32")
+        after = open_model(tmp_path / "merged", dtype="fp32").lm.model(input_ids=torch.tensor(ids)).logits
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
+    assert report["max_logit_drift"] < 1e-3
+
+
+def test_full_fine_tuning_of_few_bits_is_refused(tiny_llama, rows, tmp_path):
+    with pytest.raises(BadInput, match="quant: nf4 freezes what adapter: full trains"):
+        train(tiny_recipe(tiny_llama, rows, tmp_path / "run", quant="nf4", adapter="full"))
