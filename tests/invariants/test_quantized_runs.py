@@ -1,12 +1,17 @@
 """Whole runs over a base in few bits: they learn, resume bit for bit, and answer over the base they were trained on."""
 
+import json
+
 import pytest
 import torch
 from running import final_bytes, losses, tiny_recipe, write_rows
 
+from shikomi.adapters.lora import Lora
 from shikomi.errors import BadInput
 from shikomi.inference import merge, open_model
+from shikomi.model.load import load_model
 from shikomi.quant._quantized import Quantized
+from shikomi.quant.nf4 import Nf4
 from shikomi.run import resume, train
 
 LORA = {"name": "lora", "r": 4, "lora_alpha": 8}
@@ -58,3 +63,27 @@ def test_merging_takes_the_base_out_of_its_few_bits(tiny_llama, rows, tmp_path):
 def test_full_fine_tuning_of_few_bits_is_refused(tiny_llama, rows, tmp_path):
     with pytest.raises(BadInput, match="quant: nf4 freezes what adapter: full trains"):
         train(tiny_recipe(tiny_llama, rows, tmp_path / "run", quant="nf4", adapter="full"))
+
+
+def test_loftq_starts_nearer_to_the_dense_model(tiny_llama):
+    ids = torch.tensor([[5, 7, 9, 11, 13, 30, 31]])
+    loftq = Lora(r=24, lora_alpha=12, init_lora_weights="loftq", loftq_iter=2)
+    logits = {}
+    for name, keys in {"dense": {}, "nf4": {"quant": Nf4()}, "loftq": {"quant": Nf4(), "adapter": loftq}}.items():
+        lm = load_model(str(tiny_llama), dtype="fp32", **keys)
+        with torch.no_grad():
+            logits[name] = lm.model(input_ids=ids).logits
+    far, near = (float((logits[name] - logits["dense"]).norm()) for name in ("nf4", "loftq"))
+    assert near < 0.5 * far
+
+
+def test_a_loftq_run_saves_a_plain_adapter(tiny_llama, rows, tmp_path):
+    adapter = {**LORA, "r": 12, "init_lora_weights": "loftq"}
+    train(tiny_recipe(tiny_llama, rows, tmp_path / "run", max_steps=2, quant="nf4", adapter=adapter))
+    config = json.loads((tmp_path / "run" / "final" / "adapter_config.json").read_text())
+    assert config["init_lora_weights"] is True and config["r"] == 12 and "loftq_iter" not in config
+
+
+def test_loftq_without_few_bits_is_refused(tiny_llama, rows, tmp_path):
+    with pytest.raises(BadInput, match="undoes the error of quantization"):
+        train(tiny_recipe(tiny_llama, rows, tmp_path / "run", adapter={**LORA, "init_lora_weights": "loftq"}))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from shikomi.adapters import _attach
 from shikomi.adapters._adapter import Attached, Capabilities
 from shikomi.adapters._modules import LoraEmbedding
-from shikomi.adapters._start import START, start_factors
+from shikomi.adapters._start import START, start_factors, taken_correction
 from shikomi.quant._linear import Base, Gradients, LowRank, PlainLinear, apply
 
 
@@ -40,12 +40,14 @@ class Lora:
     rank_pattern: Annotated[dict[str, int] | None, Field(description="r for modules whose name matches")] = None
     alpha_pattern: Annotated[dict[str, float] | None, Field(description="lora_alpha for modules that match")] = None
     init_lora_weights: Annotated[
-        bool | Literal["gaussian", "pissa", "olora"],
+        bool | Literal["gaussian", "pissa", "olora", "loftq"],
         Field(
             description="true: A Kaiming-uniform, B zero; gaussian: A normal / r; pissa (arXiv:2404.02948): principal "
-            "singular vectors of W0; olora (arXiv:2406.01775): its QR factors"
+            "singular vectors of W0; olora (arXiv:2406.01775): its QR factors; loftq (arXiv:2310.08659): undoes the "
+            "error of quant"
         ),
     ] = True
+    loftq_iter: Annotated[int, Field(ge=1, le=100, description="loftq: how often storing and undoing alternate")] = 1
 
     def scaling(self, r: int, lora_alpha: float) -> float:
         return lora_alpha / (math.sqrt(r) if self.use_rslora else r)
@@ -73,7 +75,9 @@ class Lora:
 
     def peft_config(self) -> dict[str, Any]:
         """The options as fields of PEFT's LoraConfig."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(Lora)}
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(Lora) if f.name != "loftq_iter"}
+        if self.init_lora_weights == "loftq":  # PEFT would make A and B anew
+            fields["init_lora_weights"] = True
         return {"peft_type": "LORA", "task_type": "CAUSAL_LM", **fields}
 
 
@@ -101,6 +105,8 @@ class LoraLinear(nn.Module):
         a, b = torch.empty(r, base.in_features), torch.zeros(base.out_features, r)
         if init == "gaussian":
             a.normal_(0, 1 / r, generator=generator)
+        elif init == "loftq":
+            a, b = taken_correction(base, r, scaling)
         elif init in START:
             a, b = start_factors(str(init), base, r, scaling)
             self.start = (a.clone(), b.clone())

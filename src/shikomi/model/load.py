@@ -20,6 +20,7 @@ from shikomi.model.logprobs import Shape
 from shikomi.model.probe import choose_path
 from shikomi.quant._dense import Dense, widen_embedding
 from shikomi.quant._linear import PlainLinear
+from shikomi.quant._loftq import Correcting
 from shikomi.quant._quantized import Scheme
 from shikomi.quant._serialized import from_config
 from shikomi.quant._streaming import load_quantized
@@ -46,6 +47,8 @@ def load_model(
     where = choose_device(device)
     dtypes = choose_dtypes(dtype, where)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder or folder, local_files_only=True)
+    if quant is not None and isinstance(adapter, Lora) and adapter.init_lora_weights == "loftq":
+        quant = Correcting(quant, max([adapter.r, *(adapter.rank_pattern or {}).values()]), adapter.loftq_iter)
     model, notes = _load(folder, dtypes, where, quant)
     notes += _grow(model, tokenizer, new_tokens)
     if new_tokens and isinstance(adapter, Lora):
