@@ -301,6 +301,7 @@ SHOWN_ELSEWHERE = {  # key: the test, or the place, that shows its effect
     "micro_batch_tokens": "test_out_of_memory",
     "recompute": "test_gradients",
     "share_prefix": "test_bookkeeping_keys",
+    "reference": "tests/invariants/test_preferences.py",
     "evaluate": "tests/test_recipes.py",
     "output_dir": "everywhere",
     "model_revision": "tests/model/test_files.py",

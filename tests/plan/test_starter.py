@@ -50,6 +50,21 @@ def test_labels_choose_the_metrics(examples):
     assert "accuracy" not in parse_recipe(starter(examples / "summaries/train.jsonl", "smollm2").text).evaluate.metrics
 
 
+@pytest.mark.parametrize(
+    "row, objective",
+    [
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, "dpo"),
+        ({"prompt": "q", "completion": "a", "label": True}, "kto"),
+    ],
+)
+def test_preferences_get_an_objective_and_a_rate_of_their_own(tmp_path, row, objective):
+    made = starter(write_rows(tmp_path / "rows.jsonl", [row | {"prompt": f"q{i}"} for i in range(60)]), "smollm2")
+    recipe = parse_recipe(made.text)
+    (stage,) = recipe.stages
+    assert (stage.objective.name, stage.objective.options) == (objective, {"beta": 0.1})
+    assert stage.learning_rate == 5e-6 and recipe.evaluate is None and recipe.data.validation == 0.1
+
+
 def test_few_rows_all_train(tmp_path):
     few = write_rows(tmp_path / "few.jsonl", [{"prompt": f"q{i}", "completion": f"a{i}"} for i in range(10)])
     assert parse_recipe(starter(few, "smollm2").text).data.validation is None

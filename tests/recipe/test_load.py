@@ -52,6 +52,8 @@ def test_two_lines_are_a_recipe_with_the_documented_defaults():
 def test_full_fine_tuning_has_a_tenth_of_the_learning_rate():
     assert load_recipe(write(MINIMAL + "adapter: full")).stages[0].learning_rate == 2e-5
     assert load_recipe(write(MINIMAL + "adapter: full\nlearning_rate: 1e-4")).stages[0].learning_rate == 1e-4
+    assert load_recipe(write(MINIMAL + "objective: dpo")).stages[0].learning_rate == 5e-6
+    assert load_recipe(write(MINIMAL + "objective: kto\nadapter: full")).stages[0].learning_rate == 5e-7
 
 
 def test_keys_at_the_top_are_defaults_of_every_stage():

@@ -9,6 +9,7 @@ from pathlib import Path
 from shikomi.data.detect import Detected, detect
 from shikomi.data.sources import SPLIT_NAMES, rows
 from shikomi.recipe import Source
+from shikomi.recipe.schema import LEARNING_RATE_ADAPTER, LEARNING_RATE_PREFERENCES
 from shikomi.recipe.template import starter_recipe
 
 CHARACTERS_PER_TOKEN = 4.0
@@ -16,6 +17,7 @@ TOKENS_PER_TURN = 25  # what a chat template adds to a row
 TOKENS_OWN = 10  # of these, what is not the same beginning in every row: that is computed once for many rows
 VALIDATION_SHARE = 0.1
 ROWS_MEASURED = 1000
+PREFERENCES = {"preference": "dpo", "unpaired_preference": "kto"}  # the objective that is proposed for a format
 FEW_ROWS = 50  # below, splitting some off leaves too few to say anything
 
 
@@ -48,6 +50,9 @@ def starter(file: Path, model: str, seconds_of: Callable[[int], float | None] | 
         share = VALIDATION_SHARE
         reasons["validation"] = "this share of the rows is kept out of training, to evaluate on"
     metrics, baselines = _comparison(found)
+    preferred = PREFERENCES.get(found.format)
+    if preferred is not None:
+        reasons["learning_rate"] = "a fortieth of that of supervised fine-tuning: higher, and good answers fade too"
     text = starter_recipe(
         model=model,
         train=str(file),
@@ -58,6 +63,8 @@ def starter(file: Path, model: str, seconds_of: Callable[[int], float | None] | 
         labels=found.labels,
         rows=None,
         num_train_epochs=epochs,
+        learning_rate=LEARNING_RATE_ADAPTER if preferred is None else LEARNING_RATE_PREFERENCES,
+        objective=None if preferred is None else {"name": preferred, "beta": 0.1},
         metrics=metrics,
         baselines=baselines,
         output_dir=f"runs/{_run_name(file)}",
@@ -103,7 +110,9 @@ def _minutes(seconds: float) -> str:
 
 
 def _comparison(found: Detected) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Metrics and baselines for the kind of task."""
+    """Metrics and baselines for the kind of task; none for preferences, whose validation rows say enough."""
+    if found.format in PREFERENCES:
+        return (), ()
     if found.labels:
         return ("accuracy", "macro_f1"), ("majority", "zero-shot", "few-shot")
     if found.format in ("columns", "prompt_completion", "alpaca"):

@@ -91,6 +91,7 @@ def share(value: Any) -> Any:
 
 
 objective_of_loss = translated({"sigmoid": "dpo", "nll": "sft"})
+LOSSES_OF_DPO = ("sigmoid", "sigmoid_norm", "hinge", "robust")  # values of `objective.loss_type`, not other objectives
 
 
 def no_remote_code(value: Any) -> Any:
@@ -181,6 +182,17 @@ KEYS: dict[str, Means] = {
     "beta": Means("objective.beta"),
     "dpo_beta": Means("objective.beta"),
     "pref_beta": Means("objective.beta"),
+    "orpo_alpha": Means("objective.beta"),
+    **{
+        key: Means(f"objective.{key}")
+        for key in (
+            *("label_smoothing", "rpo_alpha", "cpo_alpha", "desirable_weight", "undesirable_weight"),
+            *("gamma_beta_ratio", "center_rewards_coefficient"),
+        )
+    },
+    "kto_chosen_weight": Means("objective.desirable_weight"),
+    "kto_rejected_weight": Means("objective.undesirable_weight"),
+    "precompute_ref_log_probs": Means("reference", among({True: "precompute", False: "live"})),
     "num_epochs": Means("num_train_epochs"),
     "epochs": Means("num_train_epochs"),
     "lr": Means("learning_rate"),
@@ -293,6 +305,7 @@ def translations() -> list[tuple[str, str]]:
         "max_samples": "data.train.0.limit",
         "dataset_train_split": "data.train.0.split",
         "stage": "objective",
+        "simpo_gamma": "objective.gamma_beta_ratio (divided by beta)",
     }
     plain = {key: means.target for key, means in KEYS.items() if key not in ("trust_remote_code", "evals_per_epoch")}
     left = {key: f"not needed: {reason}" for key, reason in LEFT_OUT.items()}

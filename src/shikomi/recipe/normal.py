@@ -10,7 +10,14 @@ from typing import Any
 
 from shikomi.recipe.edit import DEFAULT_NAMES, component_block, data_block
 from shikomi.recipe.pasted import STAGE_KEYS
-from shikomi.recipe.schema import LEARNING_RATE_ADAPTER, LEARNING_RATE_FULL, OWN_KEYS
+from shikomi.recipe.schema import (
+    LEARNING_RATE_ADAPTER,
+    LEARNING_RATE_FULL,
+    LEARNING_RATE_PREFERENCES,
+    LEARNING_RATE_PREFERENCES_FULL,
+    OWN_KEYS,
+    PREFERENCES,
+)
 from shikomi.recipe.tree import Block, Items
 
 INHERITED = tuple(key for key in STAGE_KEYS if key not in (*OWN_KEYS, "data"))
@@ -110,7 +117,7 @@ def _stages(tree: Block) -> set[tuple[int, str]]:
         if stage.get("learning_rate") is None:
             stage.put(
                 "learning_rate",
-                _learning_rate(stage if isinstance(stage.get("adapter"), Block) else tree),
+                _learning_rate(stage if isinstance(stage.get("adapter"), Block) else tree, stage),
                 stage.place("learning_rate"),
             )
         if stage.get("name") is None:
@@ -126,9 +133,11 @@ def _stages(tree: Block) -> set[tuple[int, str]]:
     return from_top
 
 
-def _learning_rate(tree: Block) -> float:
-    adapter = tree.get("adapter")
+def _learning_rate(tree: Block, stage: Block) -> float:
+    adapter, objective = tree.get("adapter"), stage.get("objective")
     full = isinstance(adapter, Block) and adapter.get("name") == "full"
+    if isinstance(objective, Block) and objective.get("name") in PREFERENCES:
+        return LEARNING_RATE_PREFERENCES_FULL if full else LEARNING_RATE_PREFERENCES
     return LEARNING_RATE_FULL if full else LEARNING_RATE_ADAPTER
 
 

@@ -61,6 +61,8 @@ class Pasted:
         self.batch_size(block)
         if block.get("loss_type") == "dft":
             self.move(block, "loss_type", Means("objective.dft", lambda value: True))
+        self.dpo_loss(block)
+        self.simpo_gamma(block)
         for key in list(block):
             if key in own:
                 if key in foreign.VALUES:
@@ -74,7 +76,7 @@ class Pasted:
             elif self.says_nothing(key, block[key]):
                 self.leave_out(block, key, _EMPTY)
         objective = block.get("objective")
-        if isinstance(objective, Block) and "loss_type" in objective:
+        if isinstance(objective, Block) and objective.get("loss_type", "sigmoid") not in foreign.LOSSES_OF_DPO:
             self.move(objective, "loss_type", Means("name", foreign.objective_of_loss), refines=True)
 
     def says_nothing(self, key: str, value: Any) -> bool:
@@ -140,6 +142,31 @@ class Pasted:
         self.notes.append(str(where.problem(text)))
 
     # several keys at a time
+
+    def dpo_loss(self, block: Block) -> None:
+        """`loss_type: hinge` -> objective {name: dpo, loss_type: hinge}."""
+        for key in ("loss_type", "pref_loss"):
+            if block.get(key) in foreign.LOSSES_OF_DPO[1:]:
+                where, value = block.place(key), block.take(key)
+                said = f"`{key}: {shown(value)}`"
+                self.set(block, "objective.name", "dpo", where, said, refines=True)
+                self.set(block, "objective.loss_type", value, where, said)
+
+    def simpo_gamma(self, block: Block) -> None:
+        """TRL's margin of SimPO, in units of the loss -> its ratio to beta."""
+        if block.get("simpo_gamma") is None:
+            return
+        where, gamma = block.place("simpo_gamma"), block.take("simpo_gamma")
+        given = (block.get(key) for key in ("beta", "pref_beta", "dpo_beta"))
+        beta = next((value for value in given if value is not None), _get(block, "objective.beta"))
+        said = f"`simpo_gamma: {shown(gamma)}`"
+        if any(isinstance(number, bool) or not isinstance(number, int | float) for number in (gamma, beta)) or not beta:
+            fix = "give `beta` too, or `objective.gamma_beta_ratio` instead"
+            self.problems.append(where.problem(f"{said} without a `beta` that it can be divided by", fix=fix))
+            return
+        self.set(block, "objective.gamma_beta_ratio", gamma / beta, where, said)
+        if block.get("cpo_alpha") == 0:
+            self.leave_out(block, "cpo_alpha", "SimPO has no such term")
 
     def open_blocks(self, tree: Block) -> None:
         """`peft_config: {...}` becomes `adapter`; a BitsAndBytesConfig's keys go to the top."""

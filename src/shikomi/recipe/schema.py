@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_serializer
 
 LEARNING_RATE_ADAPTER = 2e-4
 LEARNING_RATE_FULL = 2e-5
+PREFERENCES = ("cpo", "dpo", "ipo", "kto", "orpo", "simpo")  # objectives that learn from preferences
+LEARNING_RATE_PREFERENCES, LEARNING_RATE_PREFERENCES_FULL = 5e-6, 5e-7
 
 Steps = Annotated[int, Field(ge=1, le=1_000_000_000)]
 ShortName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
@@ -136,7 +138,8 @@ class Stage(Part):
         default=LEARNING_RATE_ADAPTER,
         gt=0,
         le=1,
-        description="Peak learning rate; absent: 2e-4 with an adapter, 2e-5 with `adapter: full`.",
+        description="Peak learning rate; absent: 2e-4 with an adapter, 2e-5 with `adapter: full`; for objectives of "
+        "preferences 5e-6 and 5e-7.",
     )
     lr_scheduler_type: Literal["constant", "linear", "cosine", "wsd"] = Field(
         default="linear", description="How the learning rate goes down after the warm-up."

@@ -22,6 +22,7 @@ REASONS = {
     "labels": "the only answers that count when accuracy is scored",
     "validation": "evaluated while training; never trained",
     "test": "for the comparison at the end; never used to choose anything",
+    "objective": "what is learned from the rows; beta says how strongly the model is held to where it began",
     "max_length": "tokens; longer rows are cut, and counted",
     "batch_size": "rows per optimizer step; micro_batch_tokens bounds the memory",
     "num_train_epochs": "times every row is seen",
@@ -46,6 +47,7 @@ def starter_recipe(
     batch_size: int = 16,
     num_train_epochs: float = 1,
     learning_rate: float = 2e-4,
+    objective: Mapping[str, Any] | None = None,
     max_length: int = 1024,
     metrics: Sequence[str] = (),
     baselines: Sequence[str] = ("zero-shot", "few-shot"),
@@ -76,6 +78,8 @@ def starter_recipe(
     if labels:
         page.words("labels", labels, indent=2)
     page.gap()
+    if objective is not None:
+        page.key("objective", dict(objective))
     page.key("max_length", max_length)
     page.key("batch_size", batch_size)
     page.key("num_train_epochs", num_train_epochs)
