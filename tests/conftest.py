@@ -4,7 +4,9 @@ import os
 
 # Before torch is imported: OMP_DYNAMIC=TRUE has given NaN, and nothing here may ask a hub.
 os.environ["OMP_DYNAMIC"] = "FALSE"
-os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # not setdefault: a worker inherits what its parent has set below
+os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("COLUMNS", "200")

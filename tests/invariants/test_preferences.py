@@ -108,6 +108,11 @@ def check_reference(lm, how: str, fresh: bool = True) -> None:
                 assert torch.equal(lm.score(packed).logp, start)
             assert torch.equal(lm.score(packed).logp, moved)
         assert (moved - start).abs().max() > 0.01
+    versions = {name: p._version for name, p in lm.trainable().items()}
+    with lm.reference():
+        pass
+    changed = [name for name, p in lm.trainable().items() if p._version != versions[name]]
+    assert len(changed) == (len(versions) if how == START else 0)  # what is cached by version is made again
 
 
 @pytest.mark.parametrize("dtypes", [FP32, BF16], ids=["fp32", "bf16"])
@@ -191,6 +196,9 @@ def one_step(lm, objective, tokens: int, share: bool) -> tuple[dict[str, float],
         p.grad = None
     examples = some_pairs() if objective.data == "pairs" else some_thumbs()
     plan = plan_step(examples, tokens, share, objective.data, objective.needs, 64)
+    more = plan.counts["prompt_and_chosen_tokens"] - plan.counts["chosen_tokens"]
+    prompts = sum(len(pair.prompt) - 1 for pair in some_pairs())
+    assert more == (prompts if "prompt_logp" in objective.needs else 0)
     shown = gradients(lm, objective, plan, key=1, reference=Live(lm))
     again = without_gradients(lm, objective, plan, Live(lm))
     assert {k: float(v) for k, v in again.items()} == pytest.approx({k: float(v) for k, v in shown.items()}, rel=1e-6)
@@ -483,3 +491,12 @@ def test_a_run_in_which_both_fall_says_so(rows, tiny_llama, tmp_path):
     write(rows, pairs())
     train(tiny_recipe(tiny_llama, rows, tmp_path / "rises", **keys | {"objective": {"name": "dpo", "rpo_alpha": 1.0}}))
     assert "less likely" not in (tmp_path / "rises" / "log.txt").read_text()
+
+
+def test_virtual_tokens_named_as_model_are_a_part_of_the_reference(rows, tiny_llama, tmp_path):
+    keys = {"adapter": {"name": "prompt", "num_virtual_tokens": 3}, "max_steps": 2, "learning_rate": 1e-1}
+    train(tiny_recipe(tiny_llama, write_rows(tmp_path / "rows.jsonl"), tmp_path / "sft", **keys))
+    train(tiny_recipe(tmp_path / "sft" / "final", rows, tmp_path / "on", objective="dpo", **keys))
+    train(tiny_recipe(tiny_llama, rows, tmp_path / "fresh", objective="dpo", **keys))
+    first, fresh = (records(tmp_path / name)[0] for name in ("on", "fresh"))
+    assert first["rewards/chosen"] == first["rewards/rejected"] == 0.0 != fresh["rewards/chosen"]
