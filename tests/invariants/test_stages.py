@@ -77,6 +77,25 @@ def test_what_cannot_be_one_adapter_becomes_a_model(first, second, tiny_llama, r
     )
 
 
+def test_a_frozen_adapter_under_dora_is_in_the_model_that_is_left(tiny_llama, rows, tmp_path, monkeypatch):
+    """DoRA does not touch v_proj, where the first adapter stays: its part must not be lost in the merged weights."""
+    after, _ = trained_model(monkeypatch, recipe(tiny_llama, rows, tmp_path / "run", LORA, DORA, "freeze"))
+    left = open_model(tmp_path / "run" / "final", dtype="fp32").lm
+    torch.testing.assert_close(scores(left), after, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("how", [("merge", "freeze"), ("freeze", "merge"), ("freeze", "freeze"), ("merge", "merge")])
+def test_each_of_three_adapters_counts_once(how, tiny_llama, rows, tmp_path, monkeypatch):
+    settings = recipe(tiny_llama, rows, tmp_path / "run", LORA, OTHER, how[0])
+    third = settings.stages[1].model_copy(
+        update={"name": "three", "adapter": settings.adapter, "previous_adapter": how[1]}
+    )
+    after, _ = trained_model(monkeypatch, settings.model_copy(update={"stages": (*settings.stages, third)}))
+    torch.testing.assert_close(scores(open_model(tmp_path / "run", dtype="fp32").lm), after, rtol=1e-4, atol=1e-4)
+    second = scores(open_model(tmp_path / "run" / "stages" / "02-two", dtype="fp32").lm)
+    assert (after - second).abs().max() > 1e-2
+
+
 @pytest.mark.parametrize("how, first, second", [("freeze", LORA, OTHER), ("merge", LORA, OTHER), ("merge", DORA, LORA)])
 def test_a_resumed_second_stage_is_the_uninterrupted_one(how, first, second, tiny_llama, rows, tmp_path, monkeypatch):
     train(recipe(tiny_llama, rows, tmp_path / "whole", first, second, how, save_steps=1))

@@ -55,6 +55,10 @@ class OnLayers:
         """The wrapped linear layers, without embeddings."""
         return {path: m for path, m in self.lora.items() if not isinstance(m, LoraEmbedding)}
 
+    def wrapped(self) -> "dict[str, LoraLinear | LoraEmbedding]":
+        """Every layer that is wrapped: by this adapter, or for an earlier one that is kept frozen."""
+        return self.lora | self.kept
+
     def added(self) -> int:
         """How many of the trained numbers are no part of the base as loaded."""
         base = {id(p) for p, _ in self.biases.values()}
@@ -74,12 +78,17 @@ class OnLayers:
                 tensors |= {f"{PREFIX}{path}.lora_A.weight": a, f"{PREFIX}{path}.lora_B.weight": b}
         return config, tensors
 
-    def whole(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """A and scaled B of the whole update of every linear layer against the model as it was loaded."""
+    def active(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """A and scaled B of what is beside the base's weights: this adapter, and an earlier one that is kept frozen."""
         found: dict[str, tuple[Tensor, Tensor]] = {}
         for path, module in (self.linears() | self.kept).items():
             a, b = module.factors()
             found[path] = (a, b * module.scaling)
+        return found
+
+    def whole(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """A and scaled B of the whole update of every linear layer against the model as it was loaded."""
+        found = self.active()
         for path, (a, b) in self.merged.items():
             own = found.get(path)
             found[path] = (a, b) if own is None else (torch.cat([own[0], a]), torch.cat([own[1], b], 1))
@@ -153,7 +162,7 @@ class OnLayers:
 
     def take_off(self, model: nn.Module) -> None:
         """Puts the base's own modules back; what was trained of it in place (biases, whole modules) stays trained."""
-        for path, module in (self.lora | self.kept).items():
+        for path, module in self.wrapped().items():
             inner = module.inner
             assert isinstance(inner, nn.Module)
             _replace(model, path, inner)

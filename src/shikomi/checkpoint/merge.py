@@ -37,7 +37,7 @@ def merge_weights(lm: LanguageModel, dtype: torch.dtype, stochastic: bool = Fals
     if not isinstance(lm.attached, OnLayers):
         return
     generator = torch.Generator().manual_seed(seed)
-    for module in lm.attached.lora.values():
+    for module in lm.attached.wrapped().values():
         if isinstance(module, LoraEmbedding):
             delta = (module.lora_embedding_B.detach() @ module.lora_embedding_A.detach()).t() * module.scaling
             merged = module.inner.weight.detach().float() + delta
@@ -138,12 +138,12 @@ def merge(
         torch.float32 if dtype == "fp32" or (dtype == "auto" and lm.total_parameters < SMALL_MODEL) else torch.bfloat16
     )
     if dtype == "auto" and chosen == torch.bfloat16:
-        kept = {p: (m.inner, m.inner.weight) for p, m in lm.attached.lora.items()}
+        kept = {p: (m.inner, m.inner.weight) for p, m in lm.attached.wrapped().items()}
         merge_weights(lm, chosen)
         if float((_logits(lm, probes) - adapted).abs().mean()) > LARGE_DRIFT * effect:
             chosen = torch.float32
             notes.append("bf16 would have lost part of the update: merged to fp32")
-        for path, module in lm.attached.lora.items():
+        for path, module in lm.attached.wrapped().items():
             module.inner, weight = kept[path]
             if isinstance(module, LoraEmbedding):
                 module.inner.weight = weight

@@ -79,19 +79,20 @@ def begin_stage(lm: LanguageModel, recipe: Recipe, index: int) -> str | None:
     before = lm.attached
     assert isinstance(before, OnLayers)
     lm.earlier.append({name: t.detach().clone() for name, t in kept_tensors(before).items()})
-    whole = {path: (a.clone(), b.clone()) for path, (a, b) in before.whole().items()}
+    merges = stage.previous_adapter == "merge"
+    frozen = {} if merges else {path: (a.clone(), b.clone()) for path, (a, b) in before.active().items()}
+    merged = before.whole() if merges else before.merged
     embeddings = any(isinstance(module, LoraEmbedding) for module in before.lora.values())
     exact = not (isinstance(before.options, Dora) or before.copies or before.biases or embeddings)
-    if stage.previous_adapter == "merge":
+    if merges:
         merge_weights(lm, torch.float32)
     before.take_off(lm.model)
     for parameter in lm.model.parameters():
         parameter.requires_grad_(False)
-    frozen = whole if stage.previous_adapter == "freeze" else {}
     put_on(lm, adapter_of_stage(recipe, stage), recipe.seed + index, recipe.max_length, frozen)
     after = lm.attached
-    if isinstance(after, OnLayers) and not frozen:
-        after.merged = whole
-    how = "kept frozen" if stage.previous_adapter == "freeze" else "merged into the weights in fp32"
+    if isinstance(after, OnLayers):
+        after.merged = {path: (a.clone(), b.clone()) for path, (a, b) in merged.items()}
+    how = "merged into the weights in fp32" if merges else "kept frozen"
     lm.rebased = lm.rebased or not exact or (isinstance(after, OnLayers) and isinstance(after.options, Dora))
     return f"stage {stage.name}: the adapter of the stage before is {how}"
