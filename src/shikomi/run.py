@@ -6,7 +6,7 @@
 import copy
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -32,7 +32,8 @@ from shikomi.steps.finish import result, save_final, stage_result
 from shikomi.steps.hooks import RunHooks, restore_optimizer, restore_trained, restored_state
 from shikomi.steps.memory import choose_recompute, is_tight
 from shikomi.steps.preferences import failure, held_back_task, references
-from shikomi.steps.prepare import Prepared, StageData, build_model, prepare
+from shikomi.steps.prepare import Prepared, build_model, prepare
+from shikomi.steps.preview import marked
 from shikomi.steps.writers import Writer, open_writers
 from shikomi.train.loop import Run, probe
 from shikomi.train.loop import train as run_loop
@@ -137,27 +138,6 @@ def dry_run(recipe: Recipe, progress: Progress | None = None) -> dict[str, Any]:
         "memory_bound_bytes": prepared.memory_bound,
         **(stages[0] if len(stages) == 1 else {"stages": stages}),
     }
-
-
-def marked(data: StageData) -> str:
-    """The first row as text, what is trained between double brackets; each answer of a preference by itself."""
-    example, decode = data.store[0], data.encoder.tokenizer.decode
-    if data.kind == "conversations":
-        return brackets(decode, example.ids.tolist(), example.mask.tolist())
-    names = ("chosen", "rejected") if data.kind == "pairs" else ("desirable" if example.desirable else "undesirable",)
-    answers = zip(names, example.completions, strict=True)
-    shown = [f"{name}: {brackets(decode, answer.ids.tolist(), answer.mask.tolist())}" for name, answer in answers]
-    return "\n".join([decode(example.prompt.tolist()), *shown])
-
-
-def brackets(decode: Callable[[list[int]], str], ids: list[int], mask: list[bool]) -> str:
-    """Tokens as text, what is trained between double brackets."""
-    pieces: list[tuple[list[int], bool]] = []
-    for token, trained in zip(ids, mask, strict=True):
-        if not pieces or pieces[-1][1] != trained:
-            pieces.append(([], trained))
-        pieces[-1][0].append(token)
-    return "".join(f"[[{decode(ids)}]]" if trained else decode(ids) for ids, trained in pieces)
 
 
 def _execute(recipe: Recipe, prepared: Prepared, rundir: RunDir, progress: Progress) -> Result:

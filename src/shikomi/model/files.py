@@ -46,6 +46,13 @@ class ModelFiles:
     revision: str | None = None
     notes: tuple[str, ...] = ()
 
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Where the tokenizer is: beside the adapter where it has its own, else beside the base."""
+        if self.adapter is not None and (self.adapter / "tokenizer.json").is_file():
+            return self.adapter
+        return self.folder
+
     def digest(self) -> str:
         """Fingerprint of config, tensor names, shapes, sizes and samples of the weights; cheap for any size."""
         digest = hashlib.sha256()

@@ -75,22 +75,15 @@ def wrap(
 ) -> LanguageModel:
     """A loaded transformers model as a LanguageModel, without the choice of a path."""
     own_attention = model.config._attn_implementation
-    head_name = next((n for n, m in model.named_modules() if m is model.get_output_embeddings()), None)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     _replace_linears(model, dtypes.arithmetic)
     _widen_the_rest(model, dtypes.arithmetic)
     widen_embedding(model.get_input_embeddings(), dtypes.arithmetic)
     model.eval()
-    attached = _attached(model, tokenizer, adapter, head_name, dtypes, seed)
-    ends = [
-        model.generation_config.eos_token_id,
-        model.config.eos_token_id,
-        tokenizer.eos_token_id if tokenizer else None,
-    ]
-    stop_ids = {i for end in ends if end is not None for i in (end if isinstance(end, list) else [end])}
+    attached = None if adapter is None else attach_to(model, tokenizer, adapter, dtypes, seed)
     return LanguageModel(
-        stop_ids=sorted(stop_ids),
+        stop_ids=sorted(stop_ids_of(model, tokenizer)),
         model=model,
         tokenizer=tokenizer,
         device=device,
@@ -105,9 +98,7 @@ def put_on(
     lm: LanguageModel, adapter: Adapter, seed: int, max_length: int, frozen: dict[str, tuple[Tensor, Tensor]]
 ) -> None:
     """Puts a fresh adapter on a model that has none on; `frozen`: A and scaled B of an earlier one, kept under it."""
-    head = lm.model.get_output_embeddings()
-    head_name = next((name for name, module in lm.model.named_modules() if module is head), None)
-    lm.attached = _attached(lm.model, lm.tokenizer, adapter, head_name, lm.dtypes, seed)
+    lm.attached = attach_to(lm.model, lm.tokenizer, adapter, lm.dtypes, seed)
     if frozen:
         assert isinstance(lm.attached, OnLayers)
         lm.attached.keep_frozen(lm.model, frozen)
@@ -115,15 +106,23 @@ def put_on(
     choose_path(lm, max_length)
 
 
-def _attached(
-    model, tokenizer, adapter: Adapter | None, head_name: str | None, dtypes: Dtypes, seed: int
-) -> Attached | None:
-    attached = adapter.attach(model, head_name, seed, tokenizer) if adapter is not None else None
+def attach_to(model: Any, tokenizer: Any, adapter: Adapter, dtypes: Dtypes, seed: int) -> Attached | None:
+    """Puts a fresh adapter on a bare model; copies of embeddings that it trains are multiplied in the arithmetic."""
+    head = model.get_output_embeddings()
+    head_name = next((name for name, module in model.named_modules() if module is head), None)
+    attached = adapter.attach(model, head_name, seed, tokenizer)
     if isinstance(attached, OnLayers):
         for copied in attached.copies.values():
             if isinstance(copied.copy, nn.Embedding):
                 widen_embedding(copied.copy, dtypes.arithmetic)
     return attached
+
+
+def stop_ids_of(model: Any, tokenizer: Any) -> set[int]:
+    """Tokens that end an answer: what the model's two configs and the tokenizer, if there is one, say."""
+    ends = [model.generation_config.eos_token_id, model.config.eos_token_id]
+    ends += [tokenizer.eos_token_id] if tokenizer else []
+    return {i for end in ends if end is not None for i in (end if isinstance(end, list) else [end])}
 
 
 def _load(folder: str, dtypes: Dtypes, device: torch.device, quant: Scheme | None) -> tuple[Any, list[str]]:

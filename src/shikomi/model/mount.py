@@ -15,8 +15,8 @@ from shikomi.adapters._adapter import Adapter, Attached, Capabilities
 from shikomi.adapters._attach import PREFIX, OnLayers
 from shikomi.model import fused
 from shikomi.model.language_model import LanguageModel
+from shikomi.model.load import attach_to
 from shikomi.model.probe import choose_path
-from shikomi.quant._dense import widen_embedding
 
 
 @dataclass
@@ -125,15 +125,9 @@ def mount(
 
     Raises BadInput for an adapter that does not fit; the model is then without one.
     """
-    head = lm.model.get_output_embeddings()
-    head_name = next((name for name, module in lm.model.named_modules() if module is head), None)
     recorded = Recorded(options)
-    lm.attached = recorded.attach(lm.model, head_name, 0, tokenizer)
+    lm.attached = attach_to(lm.model, tokenizer, recorded, lm.dtypes, 0)
     try:
-        if isinstance(lm.attached, OnLayers):
-            for copied in lm.attached.copies.values():
-                if isinstance(copied.copy, nn.Embedding):
-                    widen_embedding(copied.copy, lm.dtypes.arithmetic)
         lm.blocks = None
         choose_path(lm, max_length)
         recorded.load(tensors, source)
@@ -148,9 +142,3 @@ def choose_base(lm: LanguageModel, max_length: int) -> Mount:
     lm.blocks = None
     choose_path(lm, max_length)
     return mounted(lm, None)
-
-
-def stop_ids_of(lm: LanguageModel, tokenizer: Any) -> set[int]:
-    """Tokens that end an answer with this tokenizer, as `load_model` finds them."""
-    ends = [lm.model.generation_config.eos_token_id, lm.config.eos_token_id, tokenizer.eos_token_id]
-    return {i for end in ends if end is not None for i in (end if isinstance(end, list) else [end])}

@@ -182,12 +182,16 @@ def native() -> Any:
     return lib
 
 
-@cache
 def _functional() -> ModuleType:
-    """`bitsandbytes.functional`; raises BadInput where bitsandbytes is not installed."""
+    return functional("4-bit weights need", "quant: none")
+
+
+@cache
+def functional(needs: str, instead: str) -> ModuleType:
+    """`bitsandbytes.functional`; raises BadInput where it is not installed, with `instead` as the other way out."""
     if importlib.util.find_spec("bitsandbytes") is None:
-        fix = "pip install 'shikomi[quant]', or use quant: none"
-        raise BadInput([Problem("4-bit weights need bitsandbytes, which is not installed", fix=fix)])
+        fix = f"pip install 'shikomi[quant]', or use {instead}"
+        raise BadInput([Problem(f"{needs} bitsandbytes, which is not installed", fix=fix)])
     with no_hub_kernels():
         import bitsandbytes.functional
     return bitsandbytes.functional

@@ -12,8 +12,8 @@ from shikomi.data.encode import Encoder
 from shikomi.errors import BadInput, Problem, nearest
 from shikomi.model.files import ModelFiles, resolve
 from shikomi.model.language_model import LanguageModel
-from shikomi.model.load import load_model
-from shikomi.model.mount import Mount, Recorded, choose_base, mount, mounted, stop_ids_of
+from shikomi.model.load import load_model, stop_ids_of
+from shikomi.model.mount import Mount, Recorded, choose_base, mount, mounted
 from shikomi.recipe import Recipe, load_recipe
 from shikomi.steps.prepare import saved_adapter, scheme
 
@@ -134,7 +134,7 @@ def open_held(name: str | Path, files: ModelFiles, dtype: str, device: str) -> H
         dtype,
         device,
         max_length=recipe.max_length if recipe else LENGTH,
-        tokenizer_folder=_own_tokenizer(files),
+        tokenizer_folder=str(files.tokenizer_folder),
         quant=scheme(recipe) if recipe and recorded else None,  # an adapter answers over the base it was trained on
     )
     if recorded is not None:
@@ -148,15 +148,9 @@ def open_held(name: str | Path, files: ModelFiles, dtype: str, device: str) -> H
     return Held(lm, files, active, {active: part})
 
 
-def _own_tokenizer(files: ModelFiles) -> str | None:
-    """The adapter's folder, where it has a tokenizer."""
-    own = files.adapter is not None and (files.adapter / "tokenizer.json").is_file()
-    return str(files.adapter) if own else None
-
-
 def _tokenizer(lm: LanguageModel, files: ModelFiles, name: str) -> Any:
     """The tokenizer of an adapter or of the base; raises BadInput where its model would have other rows than `lm`."""
-    tokenizer = AutoTokenizer.from_pretrained(_own_tokenizer(files) or str(files.folder), local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(str(files.tokenizer_folder), local_files_only=True)
     config = AutoConfig.from_pretrained(str(files.folder), local_files_only=True)
     rows, loaded = max(config.vocab_size, len(tokenizer)), lm.model.get_input_embeddings().weight.shape[0]
     if rows != loaded:
@@ -173,7 +167,7 @@ def _part_of(
     chat, template = (recipe.chat, recipe.chat_template) if recipe else ("auto", None)
     train_on, max_length = (recipe.data.train_on, recipe.max_length) if recipe else ("all", None)
     encoder = Encoder(tokenizer, chat, template, train_on, max_length)
-    stop_ids = sorted({*stop_ids_of(lm, tokenizer), *encoder.stop_ids})
+    stop_ids = sorted({*stop_ids_of(lm.model, tokenizer), *encoder.stop_ids})
     return Part(mounted, tokenizer, encoder, stop_ids, recipe, labels)
 
 

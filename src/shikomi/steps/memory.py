@@ -60,8 +60,10 @@ def kept_bytes(lm: LanguageModel, micro_batch_tokens: int) -> tuple[int, int]:
 
 def _kept_widths(lm: LanguageModel) -> int:
     """Hidden states that a fused layer keeps per token: h, q, k, v, h2; outputs too, where an adapter reads them."""
-    reads_outputs = lm.attached is not None and lm.attached.options.name in ("dora", "bottleneck")
-    return 7 if reads_outputs else 5
+    assert lm.blocks is not None
+    attention, mlp = lm.blocks.halves[0]
+    read_again = (attention.out.needs_output or attention.after, mlp.down.needs_output or mlp.after)
+    return 5 + sum(bool(again) for again in read_again)
 
 
 def _automatic(lm: LanguageModel, micro_batch_tokens: int) -> int | str:

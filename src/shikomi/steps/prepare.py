@@ -68,6 +68,7 @@ class StageData:
     side: Split | None  # of a validation split: which rows are trained
     kind: str = "conversations"  # what the objective learns from: that, pairs or thumbs
     held_back: Store[Any] | None = None  # validation rows of preferences
+    labels: tuple[str, ...] | None = None  # what `{labels}` stands for
 
     @property
     def steps_per_epoch(self) -> int:
@@ -152,6 +153,13 @@ def prepare(recipe: Recipe, progress: Progress) -> Prepared:
     return Prepared(recipe, files, stages, test, labels, {**prints, "model": files.digest()}, adapter, tensors, bound)
 
 
+def stage_data(recipe: Recipe, progress: Progress) -> tuple[StageData, ...]:
+    """The tokens of every stage as they are trained, for whoever only looks at them. Raises BadInput."""
+    token = os.environ.get(recipe.model_token_env) if recipe.model_token_env else None
+    tokenizer = _tokenizer(recipe, resolve(recipe.model, recipe.model_revision, token, progress))
+    return tuple(_stage(recipe, stage, tokenizer, _labels(recipe), progress) for stage in recipe.stages)
+
+
 def _sources(spec: DataSpec) -> list[tuple[str, tuple]]:
     found = [("train", spec.train)]
     if isinstance(spec.validation, tuple):
@@ -160,10 +168,7 @@ def _sources(spec: DataSpec) -> list[tuple[str, tuple]]:
 
 
 def _tokenizer(recipe: Recipe, files: ModelFiles) -> Any:
-    folder = files.folder
-    if files.adapter is not None and (files.adapter / "tokenizer.json").is_file():
-        folder = files.adapter
-    tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(str(files.tokenizer_folder), local_files_only=True)
     if recipe.new_tokens:
         tokenizer.add_tokens(list(recipe.new_tokens))
     return tokenizer
@@ -225,7 +230,7 @@ def _stage(
         key = "early_stopping_patience" if stage.early_stopping_patience is not None else "load_best_model_at_end"
         raise BadInput([Problem(f"{key} needs validation rows", fix="set data.validation: 0.05, or a file")])
     total = steps.total(stage.num_train_epochs, stage.max_steps)
-    return StageData(spec, encoder, store, steps, total, validation, train_side, kind, held_back)
+    return StageData(spec, encoder, store, steps, total, validation, train_side, kind, held_back, shown)
 
 
 def _validation_sources(spec: DataSpec) -> tuple[tuple[Source, ...], str]:
@@ -311,7 +316,7 @@ def build_model(recipe: Recipe, prepared: Prepared, progress: Progress) -> Langu
         recipe.seed,
         recipe.max_length,
         recipe.new_tokens,
-        _tokenizer_folder(files),
+        str(files.tokenizer_folder),
         scheme(recipe),
     )
     if prepared.tensors is not None and lm.attached is not None:
@@ -319,12 +324,6 @@ def build_model(recipe: Recipe, prepared: Prepared, progress: Progress) -> Langu
     lm.origin = files.origin
     lm.stop_ids = sorted({*lm.stop_ids, *prepared.stages[0].encoder.stop_ids})
     return lm
-
-
-def _tokenizer_folder(files: ModelFiles) -> str | None:
-    if files.adapter is not None and (files.adapter / "tokenizer.json").is_file():
-        return str(files.adapter)
-    return None
 
 
 def saved_adapter(folder: Path) -> tuple[Any, dict[str, Tensor], list[str]]:
