@@ -4,14 +4,15 @@ import copy
 
 import pytest
 import torch
-from architectures import VOCABULARY, build
+from against_peft import assert_equal_but_for_rounding, peft_loss, rows
+from architectures import build
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft import load_peft_weights as read_peft
 
 from shikomi.adapters.dora import Dora
 from shikomi.adapters.lora import Lora
 from shikomi.checkpoint.peft_format import load_adapter, save_adapter
-from shikomi.data.packing import Example, pack
+from shikomi.data.packing import pack
 from shikomi.model.device import Dtypes
 from shikomi.model.load import wrap
 from shikomi.model.probe import choose_path
@@ -69,26 +70,6 @@ def pair(name: str):
     return peft, ours
 
 
-def rows() -> list[Example]:
-    generator = torch.Generator().manual_seed(9)
-    found = []
-    for i, n in enumerate((12, 7, 19)):
-        ids = torch.randint(3, VOCABULARY, (n,), generator=generator).numpy().astype("int32")
-        found.append(Example(ids, (torch.arange(n) > n // 2).numpy(), i))
-    return found
-
-
-def peft_loss(model) -> torch.Tensor:
-    total, count = torch.zeros(()), 0
-    for row in rows():
-        ids = torch.from_numpy(row.ids.astype("int64"))
-        logp = model(input_ids=ids[None], use_cache=False).logits[0].log_softmax(-1)[:-1]
-        mask = torch.from_numpy(row.mask)[1:]
-        total = total - logp.gather(1, ids[1:, None])[:, 0][mask].sum()
-        count += int(mask.sum())
-    return total / count
-
-
 def file_name(name: str) -> str:
     """What PEFT calls a parameter in its file."""
     plain = name.replace(".default", "").replace("modules_to_save.", "")
@@ -98,23 +79,6 @@ def file_name(name: str) -> str:
 def gradients_of(peft) -> dict[str, torch.Tensor]:
     """Gradients of PEFT's model by the names of its files."""
     return {file_name(n): p.grad.clone() for n, p in peft.named_parameters() if p.requires_grad}
-
-
-def rounding_noise(peft, exact: dict[str, torch.Tensor]) -> dict[str, float]:
-    """How far PEFT's own gradients move when every weight moves by its last bit: what fp32 cannot tell apart."""
-    found = dict.fromkeys(exact, 0.0)
-    generator = torch.Generator().manual_seed(11)
-    for _ in range(4):
-        moved = copy.deepcopy(peft)
-        moved.zero_grad()
-        with torch.no_grad():
-            for parameter in moved.parameters():
-                signs = torch.randint(0, 2, parameter.shape, generator=generator) * 2 - 1
-                parameter.mul_(1 + signs * 2.0**-23)
-        peft_loss(moved).backward()
-        for key, grad in gradients_of(moved).items():
-            found[key] = max(found[key], float((grad - exact[key]).abs().max()))
-    return found
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -127,12 +91,7 @@ def test_peft_adapter_loads_here_with_equal_loss_and_gradients(name, tmp_path):
     loss = -ours.score(pack(rows())).logp.mean()
     loss.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
-    want, got = gradients_of(peft), {n: p.grad for n, p in ours.trainable().items()}
-    noise = rounding_noise(peft, want)
-    assert set(want) == set(got)
-    for key, grad in want.items():
-        worst = float((got[key] - grad).abs().max())
-        assert worst <= 4 * noise[key] + 1e-6 * float(grad.abs().max()), f"{key}: {worst:.3g}, noise {noise[key]:.3g}"
+    assert_equal_but_for_rounding({n: p.grad for n, p in ours.trainable().items()}, peft, gradients_of)
 
 
 @pytest.mark.parametrize("name", ["all-linear", "dora", "dora conv1d"])

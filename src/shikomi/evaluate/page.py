@@ -1,5 +1,10 @@
 """The HTML of the report: one page that asks nothing of a network and runs no script."""
 
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
 STYLE = """
 :root {
   color-scheme: light dark;
@@ -75,18 +80,21 @@ footer { margin-top: 3rem; color: var(--muted); font-size: .88rem; }
 @media print { .text { max-height: none; } body { background: none; } .card { break-inside: avoid; } }
 """
 
-PAGE = """\
+HEAD = """\
 <!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{{ name }}: training report</title>
+<title>{{ title }}</title>
 <style>{{ style }}</style>
 </head>
 <body>
 <div class="wrap">
+"""
+
+PAGE = """\
 <header>
 <p>Training report</p>
 <h1>{{ name }}</h1>
@@ -217,3 +225,12 @@ PAGE = """\
 </body>
 </html>
 """
+
+
+def render_page(title: str, body: str, style: str = "", **values: Any) -> str:
+    """A page of our own style around a template's text; it asks nothing of a network and runs no script.
+
+    Values are escaped, but for `Markup` of our own making; one that the template names and is not given is an error.
+    """
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(HEAD + body).render(title=title, style=Markup(STYLE + style), **values)

@@ -4,11 +4,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from shikomi.evaluate.loss_picture import describe, inline_svg, loss_svg
-from shikomi.evaluate.page import PAGE, STYLE
+from shikomi.evaluate.page import PAGE, render_page
 from shikomi.evaluate.wording import (
     change,
     change_interval,
@@ -51,13 +50,12 @@ def write_report(
 
 def render_report(name: str, result: Mapping[str, Any], records: Sequence[Mapping[str, Any]], recipe: str) -> str:
     """The page as text. Whatever is missing from `result` is left out, a missing comparison is said."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     evaluation = result.get("evaluation") or {}
     drawn = any("loss" in record or "eval_loss" in record for record in records)
-    return environment.from_string(PAGE).render(
+    return render_page(
+        f"{name}: training report",
+        PAGE,
         name=name,
-        # Our own text, the only two pieces that are not escaped.
-        style=Markup(STYLE),
         chart=Markup(inline_svg(loss_svg(records))) if drawn else None,
         chart_text=describe(records),
         subtitle=_subtitle(result),

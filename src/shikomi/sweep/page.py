@@ -12,17 +12,6 @@ code { font: .86rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace
 """
 
 PAGE = """\
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{{ name }}: sweep</title>
-<style>{{ style }}</style>
-</head>
-<body>
-<div class="wrap">
 <header>
 <p>Sweep</p>
 <h1>{{ name }}</h1>

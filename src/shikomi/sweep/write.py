@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from shikomi.checkpoint.files import replace_file, replace_json, saving
-from shikomi.evaluate.page import STYLE
+from shikomi.evaluate.page import render_page
 from shikomi.sweep.check import RECORD
 from shikomi.sweep.collect import MEASURED
 from shikomi.sweep.page import MORE_STYLE, PAGE
@@ -59,7 +58,6 @@ def _md(text: str) -> str:
 
 def as_page(results: Mapping[str, Any]) -> str:
     """The page: table, pictures, cells; it holds everything it shows."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     columns = columns_of(results)
     pictures = []
     for key, name in PICTURES:
@@ -67,11 +65,11 @@ def as_page(results: Mapping[str, Any]) -> str:
         if svg:
             pictures.append({"svg": Markup(for_page(svg, name)), "title": PICTURE_TITLES[name]})
     done = sum(cell["status"] == "finished" for cell in results["cells"])
-    return environment.from_string(
-        PAGE
-    ).render(
+    return render_page(
+        f"{results['name']}: sweep",
+        PAGE,
+        MORE_STYLE,
         name=results["name"],
-        style=Markup(STYLE + MORE_STYLE),  # our own text, like the pictures; all else is escaped
         subtitle=f"{done} of {len(results['cells'])} cells finished",
         verdict=verdict_line(results),
         titles=[title for title, _ in columns],
