@@ -36,6 +36,7 @@ bench: setup
 	$(PY) benchmarks/cli_help.py
 	$(PY) benchmarks/memory.py
 	$(PY) benchmarks/sft.py
+	$(PY) benchmarks/preferences.py
 
 # The generated pages of the guide; a test says when they are behind the source.
 docs: setup

@@ -66,8 +66,11 @@ def make_rows(path: Path, count: int) -> None:
             out.write(json.dumps(row) + "\n")
 
 
-def make_adapter(model: Path, targets: str, folder: Path) -> None:
-    """A PEFT adapter to start from; B is not zero, so that the gradient of A is compared from the first step on."""
+def make_adapter(model: Path, targets: str, folder: Path, zero: bool = False) -> None:
+    """A PEFT adapter to start from; B is not zero, so that the gradient of A is compared from the first step on.
+
+    `zero`: it is, as for a fresh adapter; then the reference of preferences is the base for everyone.
+    """
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -77,7 +80,7 @@ def make_adapter(model: Path, targets: str, folder: Path) -> None:
     config = LoraConfig(r=RANK, lora_alpha=2 * RANK, lora_dropout=0.0, target_modules=names, task_type="CAUSAL_LM")
     peft = get_peft_model(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), config)
     for name, parameter in peft.named_parameters():
-        if "lora_B" in name:
+        if "lora_B" in name and not zero:
             torch.nn.init.normal_(parameter, std=0.01)
     peft.save_pretrained(folder)
 
@@ -148,13 +151,18 @@ def ours(recipe: Path, folder: Path) -> dict[str, Any]:
 
 def peer(model: Path, rows: Path, adapter: Path, dtype: str, env: dict[str, str], limit: int) -> dict[str, Any]:
     """One run of TRL in this dtype, with these additions to its environment, on the first `limit` rows."""
-    script = str(HERE / "peers" / "trl_sft.py")
-    command = [sys.executable, script, str(model), str(rows), "--adapter", str(adapter)]
-    command += ["--chat-template", TEMPLATE, "--batch", str(BATCH), "--max-length", str(MAX_LENGTH), "--lr", str(RATE)]
-    command += ["--schedule", "constant", "--limit", str(limit), *(["--fp32"] if dtype == "fp32" else [])]
-    done = run(command, env)
+    done = run(peer_command("trl_sft.py", model, rows, adapter, dtype, limit, BATCH, RATE, MAX_LENGTH), env)
     keep = ("tokens", "tokens_per_second", "first_step_at", "loss", "grad_norm")
     return summary(done, **{key: done.result[key] for key in keep})
+
+
+def peer_command(
+    script: str, model: Path, rows: Path, adapter: Path, dtype: str, limit: int, batch: int, rate: float, length: int
+) -> list[str]:
+    """A peer's command line: from this adapter, on the first `limit` rows, `batch` a step, at a constant rate."""
+    command = [sys.executable, str(HERE / "peers" / script), str(model), str(rows), "--adapter", str(adapter)]
+    command += ["--chat-template", TEMPLATE, "--batch", str(batch), "--max-length", str(length), "--lr", str(rate)]
+    return [*command, "--schedule", "constant", "--limit", str(limit), *(["--fp32"] if dtype == "fp32" else [])]
 
 
 def summary(done: Done, **values: Any) -> dict[str, Any]:
