@@ -370,6 +370,17 @@ def test_a_precomputed_reference_is_the_live_one(adapter, rows, tiny_llama, tmp_
     assert before == {path: path.stat().st_mtime_ns for path in (cache / "references").rglob("*.safetensors")}
 
 
+def test_in_bf16_a_reference_cached_under_another_packing_is_near_the_live_one(rows, tiny_llama, tmp_path, cache):
+    keys = {"objective": {"name": "dpo", "beta": 0.1}, "max_steps": 1, "dtype": "bf16", "reference": "precompute"}
+    train(tiny_recipe(tiny_llama, rows, tmp_path / "made", micro_batch_tokens=4096, **keys))
+    made = list((cache / "references").iterdir())
+    train(tiny_recipe(tiny_llama, rows, tmp_path / "used", micro_batch_tokens=64, share_prefix=False, **keys))
+    assert list((cache / "references").iterdir()) == made
+    (first,) = records(tmp_path / "used")
+    assert abs(first["rewards/chosen"]) < 1e-2 and abs(first["rewards/rejected"]) < 1e-2
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-2)
+
+
 def test_the_precomputed_reference_belongs_to_its_model_and_rows(rows, tiny_folder, tmp_path, cache):
     keys = {"objective": "dpo", "max_steps": 1, "reference": "precompute"}
     train(tiny_recipe(tiny_folder("llama"), rows, tmp_path / "a", **keys))
