@@ -14,7 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -149,9 +149,12 @@ def ours(recipe: Path, folder: Path) -> dict[str, Any]:
     )
 
 
-def peer(model: Path, rows: Path, adapter: Path, dtype: str, env: dict[str, str], limit: int) -> dict[str, Any]:
+def peer(
+    model: Path, rows: Path, adapter: Path, dtype: str, env: dict[str, str], limit: int, options: Sequence[str] = ()
+) -> dict[str, Any]:
     """One run of TRL in this dtype, with these additions to its environment, on the first `limit` rows."""
-    done = run(peer_command("trl_sft.py", model, rows, adapter, dtype, limit, BATCH, RATE, MAX_LENGTH), env)
+    command = peer_command("trl_sft.py", model, rows, adapter, dtype, limit, BATCH, RATE, MAX_LENGTH)
+    done = run([*command, *options], env)
     keep = ("tokens", "tokens_per_second", "first_step_at", "loss", "grad_norm")
     return summary(done, **{key: done.result[key] for key in keep})
 

@@ -27,7 +27,7 @@ def main() -> None:
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=torch.float32 if args.fp32 else torch.bfloat16,
     )
     model = load(args, **({"quantization_config": quantized, "device_map": {"": "cpu"}} if args.nf4 else {}))
     clock = Clock()

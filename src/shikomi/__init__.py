@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from shikomi.inference import Ready as Ready
     from shikomi.inference import merge as merge
     from shikomi.inference import open_model as open_model
+    from shikomi.inference import open_reward_model as open_reward_model
+    from shikomi.plan.whole import estimate as estimate
     from shikomi.progress import Progress as Progress
     from shikomi.recipe import DataSpec as DataSpec
     from shikomi.recipe import Recipe as Recipe
@@ -47,8 +49,10 @@ _HOMES = {
     "train": "run",
     "Ready": "inference",
     "combine_adapters": "checkpoint.combine",
+    "estimate": "plan.whole",
     "merge": "inference",
     "open_model": "inference",
+    "open_reward_model": "inference",
 }
 
 __all__ = [*_HOMES, "__version__"]

@@ -10,7 +10,20 @@ from typing import Annotated
 import typer
 
 from shikomi import __version__
-from shikomi.commands import components, inference, inspection, recipes, sweep, training
+from shikomi.commands import (
+    advising,
+    components,
+    data,
+    doctor,
+    explain,
+    inference,
+    inspection,
+    planning,
+    recipes,
+    scoring,
+    sweep,
+    training,
+)
 from shikomi.commands.output import EXIT_CODES, print_error
 from shikomi.errors import EXIT_INTERRUPTED, ShikomiError
 
@@ -56,20 +69,25 @@ def shikomi(
 
 for name, command, about, in_short in (
     ("demo", training.demo, training.DEMO, "A real run from beginning to end, in minutes."),
+    ("advise", advising.advise, advising.ADVISE, "Which method for your task, why, and a recipe for it."),
     ("init", recipes.init, recipes.INIT, "Write a recipe for your data file."),
+    ("plan", planning.plan, planning.PLAN, "What it takes: memory, time, cost; what fits where."),
     ("train", training.train, training.TRAIN, "Train what a recipe says; compare with the base."),
     ("resume", training.resume, training.RESUME, "Go on with a run, bit for bit; or extend it."),
     ("sweep", sweep.sweep, sweep.SWEEP, "Run a grid of settings; compare them in one table."),
     ("generate", inference.generate, inference.GENERATE, "The model's answer to one text."),
     ("predict", inference.predict, inference.PREDICT, "Answers for all rows of a file."),
     ("chat", inference.chat, inference.CHAT, "Talk with a model, and with its base beside it."),
-    ("eval", inference.evaluate, inference.EVAL, "Score a model on a file, with intervals."),
+    ("eval", scoring.evaluate, scoring.EVAL, "Score a model on a file, with intervals."),
     ("merge", inference.merge, inference.MERGE, "Write an adapter into its base model."),
     ("combine", inference.combine, inference.COMBINE, "Make one adapter of several."),
+    ("doctor", doctor.doctor, doctor.DOCTOR, "Whether this machine and installation can train."),
     ("recipe", recipes.reference, recipes.REFERENCE, "What every key of a recipe means."),
+    ("explain", explain.explain, explain.EXPLAIN, "What a number, an error or a key means, and what to do."),
     ("list", components.components, components.LIST, "What a recipe can name, and its options."),
 ):
     app.command(name, help=about, short_help=in_short)(command)
+app.add_typer(data.app, name="data", short_help="Check rows before they are trained on.")
 app.add_typer(inspection.app, name="runs", short_help="List, watch, compare runs; clear checkpoints away.")
 app.add_typer(components.models, name="models", short_help="Models with a short name; fetch one.")
 

@@ -32,7 +32,7 @@ from shikomi.steps.finish import result, save_final, stage_result
 from shikomi.steps.hooks import RunHooks, restore_optimizer, restore_trained, restored_state
 from shikomi.steps.memory import choose_recompute, is_tight
 from shikomi.steps.preferences import failure, held_back_task, references
-from shikomi.steps.prepare import Prepared, build_model, prepare
+from shikomi.steps.prepare import Prepared, StageData, build_model, prepare
 from shikomi.steps.preview import marked
 from shikomi.steps.writers import Writer, open_writers
 from shikomi.train.loop import Run, probe
@@ -128,14 +128,15 @@ def dry_run(recipe: Recipe, progress: Progress | None = None) -> dict[str, Any]:
                 "first_example": marked(data),
             }
         )
-    trained, total = count_parameters(str(prepared.files.folder), prepared.adapter)
+    trained, total = count_parameters(str(prepared.files.folder), prepared.adapter, prepared.task)
     return {
         "model": recipe.model,
         "output_dir": str(recipe.output_dir),
         "adapter": recipe.adapter.name,
         "trainable_parameters": trained,
         "total_parameters": total,
-        "memory_bound_bytes": prepared.memory_bound,
+        "memory_bound_bytes": prepared.planned.memory_bound,
+        "planned": prepared.planned.as_dict(),
         **(stages[0] if len(stages) == 1 else {"stages": stages}),
     }
 
@@ -143,11 +144,12 @@ def dry_run(recipe: Recipe, progress: Progress | None = None) -> dict[str, Any]:
 def _execute(recipe: Recipe, prepared: Prepared, rundir: RunDir, progress: Progress) -> Result:
     started = time.perf_counter()
     lm = build_model(recipe, prepared, progress)
-    for line in (lm.parameter_line(), *lm.notes, *([f"slow path: {lm.path_reason}"] if lm.path == "separate" else [])):
+    slow = [f"slow path: {lm.path_reason}"] if lm.path == "separate" else []
+    for line in (*prepared.planned.lines(), lm.parameter_line(), *lm.notes, *slow):
         progress.note(line)
         rundir.log(line)
     for stage in takewhile(lambda stage: stage.previous_adapter == "continue", recipe.stages):
-        _optimizer(lm, stage)  # one that cannot train this is refused before anything is computed
+        _optimizer(lm, stage, rundir)  # one that cannot train this is refused before anything is computed
     baselines = _baselines(lm, recipe, prepared, progress)
     state, found = _restore(lm, recipe, rundir, prepared, progress)
     restored = state.stage
@@ -173,7 +175,7 @@ def _execute(recipe: Recipe, prepared: Prepared, rundir: RunDir, progress: Progr
         write_outcomes(rundir.path, prepared.test, trained)
         evaluation = comparison(prepared.test, baselines, trained)
     seconds = time.perf_counter() - started
-    planned = {"peak_memory_bytes": prepared.memory_bound}
+    planned = prepared.planned.as_dict()
     values = result(lm, recipe, state, seconds, prepared.summary(), planned, evaluation)
     rundir.write_result(values)
     records, _ = rundir.read_metrics()
@@ -233,7 +235,7 @@ def _stage(
     settings = stage_settings(stage, data, recipe.seed, recipe.max_length)
     before = copy.deepcopy(state)
     objective: Any = build("objectives", stage.objective)
-    optimizer = _optimizer(lm, stage)
+    optimizer = _optimizer(lm, stage, rundir)
     if found.folder is not None and state.step:
         restore_optimizer(lm, optimizer, read_tensors(found.folder, "optimizer"))
     choose_recompute(lm, stage, state.micro_batch_tokens or settings.micro_batch_tokens)
@@ -265,10 +267,10 @@ def _stage(
     state.loss_scale = {}
 
 
-def _optimizer(lm: LanguageModel, stage: Stage) -> Any:
+def _optimizer(lm: LanguageModel, stage: Stage, rundir: RunDir) -> Any:
     """The stage's optimizer over what is trained; raises BadInput where they do not go together."""
     optim: Any = build("optim", stage.optim)
-    return optim.build(lm.trainable(), stage.learning_rate, stage.weight_decay)
+    return optim.build(lm.trainable(), stage.learning_rate, stage.weight_decay, rundir.path)
 
 
 def stage_settings(stage: Stage, data: StageData, seed: int, max_length: int) -> Settings:

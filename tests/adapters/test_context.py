@@ -25,7 +25,7 @@ from shikomi.model.device import Dtypes
 from shikomi.model.load import count_parameters, wrap
 from shikomi.model.probe import choose_path
 from shikomi.run import resume, train
-from shikomi.steps.prepare import saved_adapter
+from shikomi.steps.saved import saved_adapter
 
 CPU = torch.device("cpu")
 FP32 = Dtypes(torch.float32, torch.float32)

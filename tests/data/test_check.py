@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from shikomi.data.check import MOST_LABELS, Scan, check_data, labels_of, load_conversations
+from shikomi.data.check import MOST_LABELS, Scan, labels_of, load_conversations
+from shikomi.data.checkup import checkup
 from shikomi.data.conversation import Conversation
 from shikomi.data.encode import Encoder
 from shikomi.data.split import row_key, split_rows
@@ -15,6 +16,11 @@ from shikomi.recipe import DataSpec, Source
 def jsonl(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return Source(path=str(path))
+
+
+def errors(found):
+    """(code, place) of every error."""
+    return [(f.code, place) for f in found.findings if f.severity == "error" for place in f.places]
 
 
 def pair(prompt, completion="a", **more):
@@ -33,18 +39,20 @@ def test_problems_of_all_files_come_together(tmp_path):
         train=(first, Source(path=str(tmp_path / "b.jsonl")), Source(path=str(tmp_path / "c.jsonl"))),
         test=(Source(path=str(tmp_path / "d.jsonl")),),
     )
-    reports, problems = check_data(spec)
-    assert [(p.file.rsplit("/", 1)[-1], p.line) for p in problems] == [
-        ("a.jsonl", 2),
-        ("a.jsonl", 3),
-        ("a.jsonl", 4),
-        ("b.jsonl", 1),
-        ("b.jsonl", 2),
-        ("c.jsonl", None),
-        ("d.jsonl", None),
-    ]
-    assert "mixes row formats" in problems[2].what and problems[2].allowed == "prompt_completion, as on line 1"
-    assert reports["train"].rows == 1 and reports["test"].rows == 0
+    found = checkup(spec)
+    places = errors(found)
+    assert {(code, place.file.rsplit("/", 1)[-1], place.line) for code, place in places} == {
+        ("D103", "a.jsonl", 2),
+        ("D105", "a.jsonl", 3),
+        ("D104", "a.jsonl", 4),
+        ("D102", "b.jsonl", 1),
+        ("D106", "b.jsonl", 2),
+        ("D101", "c.jsonl", None),
+        ("D101", "d.jsonl", None),
+    }
+    [mixed] = [place.note for code, place in places if code == "D104"]
+    assert "mixes row formats" in mixed and "prompt_completion, as on line 1" in mixed
+    assert found.rows == {"train": 1, "test": 0} and found.errors == len(places) == 7
 
 
 def test_each_file_may_have_its_own_format(tmp_path, encoder):
@@ -54,9 +62,10 @@ def test_each_file_may_have_its_own_format(tmp_path, encoder):
             jsonl(tmp_path / "b.jsonl", [{"text": "hello <|im_end|>"}]),
         )
     )
-    reports, problems = check_data(spec, encoder)
-    report = reports["train"]
-    assert problems == []
+    scan = Scan(spec.train, spec)
+    list(scan.encoded(encoder))
+    report = scan.report
+    assert scan.problems.all() == []
     assert report.formats == {"prompt_completion": 2, "text": 1}
     assert list(report.files.values()) == [2, 1]
     assert report.unused == ["id", "note"]
@@ -95,14 +104,19 @@ def test_rows_without_a_target_are_counted(tmp_path, make_tokenizer):
 
 def test_all_rows_too_long_is_an_error(tmp_path, encoder):
     source = jsonl(tmp_path / "a.jsonl", [pair("long prompt " * 50)] * 3)
-    _, problems = check_data(DataSpec(train=(source,)), encoder)
-    assert len(problems) == 1 and "all rows are too long" in problems[0].what and "max_length=" in problems[0].fix
+    scan = Scan([source], DataSpec(train=(source,)))
+    assert list(scan.encoded(encoder)) == []
+    [problem] = scan.problems.all()
+    assert "all rows are too long" in problem.what and "max_length=" in problem.fix
+    found = checkup(DataSpec(train=(source,)), encoder=encoder)
+    assert {finding.code for finding in found.findings} >= {"D112", "D702"} and found.errors
 
 
 def test_refusals_of_the_template_are_placed(tmp_path, make_tokenizer):
     source = jsonl(tmp_path / "a.jsonl", [pair("p"), pair("p", system="s")])
-    _, problems = check_data(DataSpec(train=(source,)), Encoder(make_tokenizer("gemma")))
-    assert len(problems) == 1 and problems[0].line == 2 and "System role not supported" in problems[0].what
+    found = checkup(DataSpec(train=(source,)), encoder=Encoder(make_tokenizer("gemma")))
+    [(code, place)] = errors(found)
+    assert (code, place.line) == ("D112", 2) and "System role not supported" in place.note
 
 
 def test_joined_without_space_is_said(tmp_path, make_tokenizer):
@@ -125,14 +139,14 @@ def test_labels_come_from_all_training_rows(tmp_path):
 
 def test_too_many_labels_for_a_prompt(tmp_path):
     train = jsonl(tmp_path / "a.jsonl", [{"t": "x", "l": str(n)} for n in range(MOST_LABELS + 1)])
-    _, problems = check_data(DataSpec(train=(train,), prompt="{labels}: {t}", completion="{l}"))
-    assert len(problems) == 1 and "too many answers" in problems[0].what
+    [(_, place)] = errors(checkup(DataSpec(train=(train,), prompt="{labels}: {t}", completion="{l}")))
+    assert "too many answers" in place.note
 
 
 def test_missing_training_file_is_named_once(tmp_path):
     missing = Source(path=str(tmp_path / "no.jsonl"))
-    _, problems = check_data(DataSpec(train=(missing,), prompt="{labels}: {t}", completion="{l}"))
-    assert len(problems) == 1 and "no such file" in problems[0].what
+    [(code, place)] = errors(checkup(DataSpec(train=(missing,), prompt="{labels}: {t}", completion="{l}")))
+    assert code == "D101" and "no such file" in place.note
 
 
 def test_load_conversations_raises_every_problem(tmp_path):

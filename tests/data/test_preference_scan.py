@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from shikomi.data.check import check_data
-from shikomi.data.copies import SIMILAR, near_copies, shingles
+from shikomi.data.check import SCANS
+from shikomi.data.checkup import checkup
 from shikomi.data.detect import detect
 from shikomi.data.encode import Encoder
 from shikomi.data.pairs import Pair
@@ -35,14 +35,22 @@ def encoder(make_tokenizer):
     return Encoder(make_tokenizer("qwen2_5"), max_length=120)
 
 
+def scanned(spec, encoder, kind="pairs"):
+    """A pass over the training rows that has ended."""
+    scan = SCANS[kind](spec.train, spec)
+    for _ in scan.encoded(encoder):
+        pass
+    return scan
+
+
 @pytest.fixture
 def check(tmp_path, encoder):
     """(report, problems) of rows, and report of the words said."""
 
     def run(rows, kind="pairs", **options):
         spec = DataSpec(train=(jsonl(tmp_path / "rows.jsonl", rows),), **options)
-        reports, problems = check_data(spec, encoder, kind=kind)
-        return reports["train"], problems, "\n".join(reports["train"].lines(120))
+        scan = scanned(spec, encoder, kind)
+        return scan.report, scan.problems.all(), "\n".join(scan.report.lines(120))
 
     return run
 
@@ -120,10 +128,10 @@ def test_implicit_strings_and_joins_are_said(check, tmp_path, make_tokenizer):
     assert not problems and report.plain_implicit == 1 and "they stay plain text" in said
     never = Encoder(make_tokenizer("qwen2_5"), chat="never")
     spec = DataSpec(train=(jsonl(tmp_path / "p.jsonl", [pair("a", "x", "y"), pair("b ", "x", "y")]),))
-    report = check_data(spec, never, kind="pairs")[0]["train"]
+    report = scanned(spec, never).report
     assert report.joined_without_space == 1 and report.plain_implicit == 0
     spec = DataSpec(train=(jsonl(tmp_path / "m.jsonl", [pair("assis", "tant", " y")]),))
-    report = check_data(spec, never, kind="pairs")[0]["train"]
+    report = scanned(spec, never).report
     assert report.merges == 1 and "would have joined" in "\n".join(report.lines(None))
 
 
@@ -287,36 +295,14 @@ def test_rows_of_one_prompt_stay_on_one_side(tmp_path, scan, more):
     assert len(prompts[0]) == 9 and len(prompts[1]) == 3 and not prompts[0] & prompts[1]
 
 
-def test_prompts_of_other_splits_that_were_trained_are_counted(tmp_path, encoder):
+def test_prompts_of_other_splits_that_were_trained_are_named(tmp_path, encoder):
     sentence = "which part of the long sentence number {} about the quick brown fox is it that was changed here"
     train = jsonl(tmp_path / "train.jsonl", [pair(sentence.format(n)) for n in ("one", "two")])
     test = jsonl(tmp_path / "test.jsonl", [pair(sentence.format(n)) for n in ("one", "TWO,", "three")] + [pair("new")])
-    reports, problems = check_data(DataSpec(train=(train,), test=(test,)), encoder, kind="pairs")
-    said = reports["test"].lines(None)
-    assert not problems and "1 prompts of the test rows are in the training rows too" in said
-    assert "2 prompts of the test rows are nearly those of training rows" in said
-    assert not any("training rows" in line for line in reports["train"].lines(None))
-
-
-def test_near_copies_are_those_of_every_pair_compared():
-    rng = np.random.default_rng(0)
-    words = [f"w{n}" for n in range(40)]
-    known = [" ".join(rng.choice(words, size=rng.integers(1, 30))) for _ in range(60)]
-    others = []
-    for text in known:  # one word changed or added: above or below the border, by length
-        parts = text.split()
-        parts[rng.integers(len(parts))] += " more" if rng.random() < 0.5 else "x"
-        others.append(" ".join(parts))
-
-    def similarity(a, b):
-        return len(shingles(a) & shingles(b)) / len(shingles(a) | shingles(b))
-
-    found = near_copies(known, others)
-    assert [at for at, _ in found] == [
-        i for i, text in enumerate(others) if any(similarity(text, k) >= SIMILAR for k in known)
-    ]
-    assert all(similarity(others[a], known[b]) == max(similarity(others[a], k) for k in known) for a, b in found)
-    assert 10 < len(found) < 55 and near_copies(["", "a"], ["", "!"]) == []
+    found = checkup(DataSpec(train=(train,), test=(test,)), "pairs", encoder)
+    places = {f.code: [(place.file, place.line) for place in f.places] for f in found.findings}
+    assert places["D301"] == [(test.path, 1)] and places["D302"] == [(test.path, 2), (test.path, 3)]
+    assert set(places) <= {"D202", "D301", "D302"}
 
 
 def test_detect_knows_preferences(tmp_path):

@@ -1,16 +1,19 @@
 """Whole runs over a base in few bits: they learn, resume bit for bit, and answer over the base they were trained on."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from running import final_bytes, losses, tiny_recipe, write_rows
+from safetensors.torch import load_file, save_file
 
 from shikomi.adapters.lora import Lora
 from shikomi.errors import BadInput
 from shikomi.inference import merge, open_model
 from shikomi.model.load import load_model
 from shikomi.quant._quantized import Quantized
+from shikomi.quant._serialized import model_to_state_dict, to_config
 from shikomi.quant.nf4 import Nf4
 from shikomi.run import resume, train
 
@@ -60,9 +63,54 @@ def test_merging_takes_the_base_out_of_its_few_bits(tiny_llama, rows, tmp_path):
     assert report["max_logit_drift"] < 1e-3
 
 
+def test_a_trial_merge_in_bf16_leaves_no_trace(tiny_llama, rows, tmp_path, monkeypatch):
+    """What was rounded for the trial, layers without an adapter and whole trained modules too, is as it was."""
+    adapter = {**LORA, "target_modules": ["q_proj"], "modules_to_save": ["input_layernorm"]}
+    train(tiny_recipe(tiny_llama, rows, tmp_path / "run", quant="nf4", adapter=adapter, save_dtype="fp32"))
+    merge(tmp_path / "run", tmp_path / "fp32", "fp32")
+    monkeypatch.setattr("shikomi.checkpoint.merge.SMALL_MODEL", 0)
+    monkeypatch.setattr("shikomi.checkpoint.merge.LARGE_DRIFT", -1.0)
+    report = merge(tmp_path / "run", tmp_path / "auto", "auto")
+    assert report["dtype"] == "float32" and report["notes"]
+    expected, found = (load_file(tmp_path / name / "model.safetensors") for name in ("fp32", "auto"))
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
 def test_full_fine_tuning_of_few_bits_is_refused(tiny_llama, rows, tmp_path):
     with pytest.raises(BadInput, match="quant: nf4 freezes what adapter: full trains"):
         train(tiny_recipe(tiny_llama, rows, tmp_path / "run", quant="nf4", adapter="full"))
+
+
+def few_bits_folder(model, folder):
+    """A folder of the model as bitsandbytes stores it in NF4, with its tokenizer."""
+    lm = load_model(str(model), quant=Nf4())
+    shutil.copytree(model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    save_file(model_to_state_dict(lm.model), folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = to_config(Nf4(), torch.float32)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_folder_in_few_bits_is_recognised_without_being_told(tiny_llama, rows, tmp_path):
+    folder = few_bits_folder(tiny_llama, tmp_path / "nf4")
+    train(tiny_recipe(folder, rows, tmp_path / "found", max_steps=3, dtype="bf16"))
+    train(tiny_recipe(tiny_llama, rows, tmp_path / "made", max_steps=3, dtype="bf16", quant="nf4"))
+    assert losses(tmp_path / "found") == losses(tmp_path / "made")
+    assert final_bytes(tmp_path / "found") == final_bytes(tmp_path / "made")
+
+
+def test_what_does_not_go_with_a_folder_in_few_bits_is_refused(tiny_llama, rows, tmp_path):
+    folder = few_bits_folder(tiny_llama, tmp_path / "nf4")
+    with pytest.raises(BadInput, match="stored in few bits.*adapter: lora, or give the folder"):
+        train(tiny_recipe(folder, rows, tmp_path / "full", adapter="full"))
+    with pytest.raises(BadInput, match="quantized already.*write quant: {name: nf4"):
+        train(tiny_recipe(folder, rows, tmp_path / "twice", quant={"name": "nf4", "block_size": 128}))
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BadInput, match="gptq.*bitsandbytes.*before quantization"):
+        train(tiny_recipe(folder, rows, tmp_path / "gptq"))
 
 
 def test_loftq_starts_nearer_to_the_dense_model(tiny_llama):

@@ -224,9 +224,6 @@ def test_an_adapter_is_refused_with_the_nearest_choice():
         assert "optim: adamw" in str(refused.value) and name in str(refused.value)
 
 
-def test_eight_bits_without_bitsandbytes_are_refused(monkeypatch):
-    import sys
-
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(BadInput, match="state_bits: 32"):
+def test_eight_bits_without_bitsandbytes_are_refused(no_bitsandbytes):
+    with pytest.raises(BadInput, match=r"8-bit optimizer state needs bitsandbytes.*or use optim.state_bits: 32"):
         start(GaLore(state_bits=8))

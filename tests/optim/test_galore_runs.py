@@ -1,15 +1,13 @@
 """Whole runs with GaLore: resumed == uninterrupted, accumulated == one batch, and every option does something."""
 
 import json
-import os
-import signal
 
 import pytest
-from running import final_bytes, losses, tiny_recipe, write_rows
+from running import Interrupting, final_bytes, losses, tiny_recipe, write_rows
 from safetensors.torch import load_file
 
 from shikomi.errors import BadInput, Stopped
-from shikomi.optim import _subspace, galore
+from shikomi.optim import _moments, _subspace, galore
 from shikomi.run import resume, train
 
 
@@ -26,20 +24,6 @@ def recipe(model, rows, run, optim=None, **keys):
     return tiny_recipe(model, rows, run, **(defaults | keys))
 
 
-class Interrupting:
-    """A progress that sends SIGTERM after a step."""
-
-    def __init__(self, step: int):
-        self.step = step
-
-    def __getattr__(self, name):
-        def told(*args):
-            if name == "advance" and args[0]["step"] == self.step:
-                os.kill(os.getpid(), signal.SIGTERM)
-
-        return told
-
-
 @pytest.mark.parametrize(
     "stop, case",
     [
@@ -54,7 +38,7 @@ def test_interrupted_and_resumed_is_uninterrupted(stop, case, tiny_llama, rows, 
     if case.get("sketched"):
         monkeypatch.setattr(_subspace, "EXACT_BELOW", 8)
         monkeypatch.setattr(_subspace, "OVERSAMPLING", 1)
-        monkeypatch.setattr(galore, "SMALLEST_8BIT", 100)
+        monkeypatch.setattr(_moments, "SMALLEST", 100)
     keys = {"max_steps": 7, "micro_batch_tokens": case.get("micro_batch_tokens", 2048)}
     with pytest.raises(Stopped):
         train(recipe(tiny_llama, rows, tmp_path / "run", case["optim"], **keys), Interrupting(stop))
@@ -125,7 +109,7 @@ OPTIONS = {
 
 
 def test_every_option_changes_something(tiny_llama, rows, tmp_path, monkeypatch):
-    monkeypatch.setattr(galore, "SMALLEST_8BIT", 100)
+    monkeypatch.setattr(_moments, "SMALLEST", 100)
     assert set(OPTIONS) == set(galore.GaLore.__dataclass_fields__) - {"name"}
     train(recipe(tiny_llama, rows, tmp_path / "plain", max_steps=3))
     plain = final_bytes(tmp_path / "plain")

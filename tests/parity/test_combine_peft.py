@@ -17,7 +17,7 @@ from shikomi.checkpoint.peft_format import load_adapter
 from shikomi.errors import BadInput
 from shikomi.model.device import Dtypes
 from shikomi.model.load import wrap
-from shikomi.steps.prepare import adapter_of
+from shikomi.steps.saved import adapter_of
 
 FP32 = Dtypes(torch.float32, torch.float32)
 IDS = torch.randint(3, VOCABULARY, (2, 13), generator=torch.Generator().manual_seed(3))

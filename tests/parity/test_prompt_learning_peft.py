@@ -17,7 +17,7 @@ from shikomi.data.packing import Example, pack
 from shikomi.model.device import Dtypes
 from shikomi.model.load import wrap
 from shikomi.model.probe import choose_path
-from shikomi.steps.prepare import adapter_of
+from shikomi.steps.saved import adapter_of
 
 CPU = torch.device("cpu")
 FP32 = Dtypes(torch.float32, torch.float32)

@@ -240,10 +240,10 @@ def test_other_devices_and_a_missing_library_are_refused_by_name(monkeypatch):
     with pytest.raises(BadInput, match="quant: nf4 on mps.*cpu, cuda"):
         _bnb.quantize(torch.ones(4, 64), "nf4", 64, True, torch.device("mps"))
     monkeypatch.setattr(_bnb.importlib.util, "find_spec", lambda name: None)
-    _bnb._functional.cache_clear()
+    _bnb.functional.cache_clear()
     try:
         with pytest.raises(BadInput, match=r"shikomi\[quant\]"):
             Nf4().quantize(torch.ones(4, 64), CPU)
     finally:
-        _bnb._functional.cache_clear()
+        _bnb.functional.cache_clear()
     Int8().quantize(torch.ones(4, 64), CPU)  # needs no library

@@ -155,8 +155,8 @@ def test_a_bad_default_at_the_top_is_reported_once_and_by_its_own_name():
 
 def test_a_component_that_is_planned_is_not_called_a_spelling_mistake(monkeypatch):
     monkeypatch.setattr("shikomi.registry.names", lambda kind: ["full", "lora"] if kind == "adapters" else ["none"])
-    (problem,) = problems("model: m\ndata: a.csv\noptim: paged\nobjective: none")
-    assert problem == "r.yaml:3: `optim: paged` is not built yet: allowed: none"
+    (problem,) = problems("model: m\ndata: a.csv\noptim: none\nobjective: ppo")
+    assert problem == "r.yaml:4: `objective: ppo` is not built yet: allowed: none"
 
 
 def test_a_secret_in_a_recipe_is_refused_and_never_repeated():

@@ -1,6 +1,7 @@
 """What every adapter gives and gets: options that attach themselves to a model, and what is then attached."""
 
 import contextlib
+from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 from torch import Tensor, nn
@@ -12,6 +13,46 @@ class Capabilities(NamedTuple):
     mergeable: bool  # its effect can be written into the base's weights
     starts_as_base: bool  # before the first step the model computes what it computed as loaded
     context: bool  # it changes what a segment sees before its first token (prefix, prompt)
+
+
+class Shapes(Protocol):
+    """A model as shapes, for plans: names are those of its modules, and no weight is there."""
+
+    @property
+    def hidden(self) -> int: ...
+
+    @property
+    def layers(self) -> int: ...
+
+    @property
+    def kv_heads(self) -> int: ...
+
+    @property
+    def head_dim(self) -> int: ...
+
+    @property
+    def head(self) -> str:
+        """Name of the head."""
+
+    @property
+    def tensors(self) -> Mapping[str, tuple[int, ...]]:
+        """Parameters by name, tied ones once, in the model's order."""
+
+    @property
+    def linears(self) -> Mapping[str, tuple[int, int]]:
+        """(out, in) of every linear layer, the head among them."""
+
+    @property
+    def embeddings(self) -> Mapping[str, tuple[int, int]]:
+        """(rows, width) of every embedding."""
+
+
+class Reads(NamedTuple):
+    """What an adapter's backward needs of the forward: names of linear layers, and how many sublayers."""
+
+    inputs: frozenset[str] = frozenset()  # layers whose input it reads
+    outputs: frozenset[str] = frozenset()  # layers whose output it reads
+    sublayers: int = 0  # attention and feed-forward parts whose output (T, hidden) it reads
 
 
 class Context(Protocol):
@@ -71,3 +112,20 @@ class Adapter(Protocol):
         `output_name` is the head's path, which all-linear leaves out; `tokenizer` is the model's, None where only
         parameters are counted. Raises BadInput for a model that it cannot serve.
         """
+
+
+class Declares(Protocol):
+    """What the options of an adapter say of its costs on a model that is known by its shapes only."""
+
+    def trained_shapes(self, model: Shapes) -> dict[str, tuple[int, ...]]:
+        """What it would train, by the names of its parameters, as `attach` would; in fp32. Raises BadInput alike."""
+
+    def frozen_numbers(self, model: Shapes) -> int:
+        """Further numbers in fp32 that it keeps beside the model and does not train."""
+
+    @property
+    def off_is_start(self) -> bool:
+        """Whether the reference of a fresh one is the model with it switched off, and so needs no copy."""
+
+    def reads(self, model: Shapes) -> Reads:
+        """What is kept of the forward for its gradients."""

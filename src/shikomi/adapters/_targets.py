@@ -1,6 +1,7 @@
 """Which modules of a model an adapter's options name, by PEFT's rules."""
 
 import re
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -15,13 +16,19 @@ BARE = ("dt_proj",)  # Mamba layers read this weight instead of calling the laye
 
 
 def targets(modules: dict[str, nn.Module], options: "Lora", output_name: str | None) -> list[str]:
-    usable = {path for path, m in modules.items() if isinstance(m, PlainLinear | nn.Embedding)}
+    """Names of the layers of a model that are adapted. Raises BadInput where none is, or a name is unknown."""
+    usable = [path for path, m in modules.items() if isinstance(m, PlainLinear | nn.Embedding)]
+    linears = {path for path in usable if isinstance(modules[path], PlainLinear)}
+    return chosen(usable, linears, options, output_name)
+
+
+def chosen(usable: Sequence[str], linears: Collection[str], options: "Lora", output_name: str | None) -> list[str]:
+    """Those of the names of linear and embedding layers that `options` adapt, in their order."""
     want = options.target_modules
     if want == "all-linear":
-        found = [p for p in modules if p in usable and isinstance(modules[p], PlainLinear) and p != output_name]
-        found = [p for p in found if not p.endswith(BARE)]
+        found = [p for p in usable if p in linears and p != output_name and not p.endswith(BARE)]
     else:
-        found = [p for p in modules if p in usable and matches(want, p)]
+        found = [p for p in usable if matches(want, p)]
     if options.exclude_modules:
         found = [p for p in found if not matches(options.exclude_modules, p)]
     if options.layers_to_transform is not None:
@@ -67,7 +74,8 @@ def pattern_of(patterns: dict | None, path: str, default: float) -> float:
     return default
 
 
-def saved_modules(modules: dict[str, nn.Module], options: "Lora") -> list[str]:
+def saved_modules(modules: Collection[str], options: "Lora") -> list[str]:
+    """Names of the modules that are trained whole. Raises BadInput for a name that no module ends with."""
     found = []
     for name in options.modules_to_save or []:
         matches = [path for path in modules if path.endswith(name)]  # PEFT's rule: also the end of a word

@@ -3,7 +3,7 @@
 import contextlib
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, field
 from dataclasses import dataclass as plain_dataclass
 from typing import Annotated, Any, ClassVar, Literal
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import skip_init
 
-from shikomi.adapters._adapter import Attached, Capabilities
+from shikomi.adapters._adapter import Attached, Capabilities, Reads, Shapes
+from shikomi.adapters._shapes import children_of
 from shikomi.errors import BadInput, Problem
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -79,6 +80,10 @@ class Bottleneck:
             what = f"adapter: bottleneck finds no list of {count} layers in {type(model).__name__}"
             raise BadInput([Problem(what, fix="use adapter: lora")])
         path, layers = lists[0]  # outer modules come first
+        return [(f"{path}.{i}", layers[i]) for i in self._chosen(count)]
+
+    def _chosen(self, count: int) -> list[int]:
+        """Numbers of the chosen layers. Raises BadInput."""
         chosen = range(count) if self.layers_to_transform is None else self.layers_to_transform
         wrong = [i for i in chosen if not 0 <= i < count]
         if wrong or not chosen:
@@ -92,28 +97,58 @@ class Bottleneck:
                     )
                 ]
             )
-        return [(f"{path}.{i}", layers[i]) for i in sorted(set(chosen))]
+        return sorted(set(chosen))
+
+    def trained_shapes(self, model: Shapes) -> dict[str, tuple[int, ...]]:
+        """The narrow network of every sublayer. Raises BadInput where sublayers cannot be found."""
+        path, children = children_of(model)
+        kinds = (MIXERS, FEED_FORWARDS) if self.placement == "houlsby" else (FEED_FORWARDS,)
+        hidden, width = model.hidden, max(1, model.hidden // self.reduction_factor)
+        shapes = {"down.weight": (width, hidden), "down.bias": (width,), "up.weight": (hidden, width)}
+        shapes |= {"up.bias": (hidden,)}
+        found: dict[str, tuple[int, ...]] = {}
+        for i in self._chosen(model.layers):
+            for kind in kinds:
+                name = _one_of(f"{path}.{i}", "this model's layers", children[i], kind)
+                found |= {f"{path}.{i}.{name}.bottleneck.{own}": shape for own, shape in shapes.items()}
+        return found
+
+    def frozen_numbers(self, model: Shapes) -> int:
+        return 0
+
+    @property
+    def off_is_start(self) -> bool:
+        return True
+
+    def reads(self, model: Shapes) -> Reads:
+        """Outputs of the sublayers."""
+        return Reads(sublayers=len(self.trained_shapes(model)) // 4)
 
 
 def _sublayer(path: str, layer: nn.Module, names: tuple[str, ...]) -> tuple[str, nn.Module, str]:
     """Path, layer and name of the one child that is called one of `names`. Raises BadInput."""
     children = dict(layer.named_children())
-    found = [name for name in names if name in children]
-    kind = "attention" if names is MIXERS else "feed-forward"
-    if len(found) != 1:
-        problem = Problem(
-            f"adapter: bottleneck cannot tell the {kind} part of {type(layer).__name__}",
-            found=f"{path} has {', '.join(children)}",
-            allowed=f"exactly one of {', '.join(names)}",
-            fix="use adapter: lora" if names is FEED_FORWARDS else "use placement: pfeiffer, or adapter: lora",
-        )
-        raise BadInput([problem])
-    name = found[0]
+    name = _one_of(path, type(layer).__name__, children, names)
     if "residual" in inspect.signature(children[name].forward).parameters:
         what = f"adapter: bottleneck cannot stand before the residual addition of {type(layer).__name__}"
         reason = f"{path}.{name} adds the residual itself"
         raise BadInput([Problem(what, found=reason, fix="use adapter: lora")])
     return f"{path}.{name}", layer, name
+
+
+def _one_of(path: str, layer: str, children: Collection[str], names: tuple[str, ...]) -> str:
+    """The one child of a layer that is called one of `names`. Raises BadInput."""
+    found = [name for name in names if name in children]
+    kind = "attention" if names is MIXERS else "feed-forward"
+    if len(found) != 1:
+        problem = Problem(
+            f"adapter: bottleneck cannot tell the {kind} part of {layer}",
+            found=f"{path} has {', '.join(children)}",
+            allowed=f"exactly one of {', '.join(names)}",
+            fix="use adapter: lora" if names is FEED_FORWARDS else "use placement: pfeiffer, or adapter: lora",
+        )
+        raise BadInput([problem])
+    return found[0]
 
 
 class BottleneckLayer(nn.Module):

@@ -6,6 +6,7 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
+from shikomi.adapters._adapter import Reads, Shapes
 from shikomi.adapters._modules import LoraEmbedding
 from shikomi.adapters.lora import Lora, LoraLinear
 from shikomi.errors import BadInput, Problem
@@ -21,6 +22,20 @@ class Dora(Lora):
     """
 
     name: ClassVar[str] = "dora"
+
+    def trained_shapes(self, model: Shapes) -> dict[str, tuple[int, ...]]:
+        """LoRA's, and m (out,) of every target."""
+        found = {}
+        for name, shape in super().trained_shapes(model).items():
+            found[name] = shape
+            if name.endswith(".lora_B.weight"):
+                found[name.replace("lora_B.weight", "lora_magnitude_vector")] = shape[:1]
+        return found
+
+    def reads(self, model: Shapes) -> Reads:
+        """Inputs and outputs of the targets: m's gradient is that of the output's length."""
+        targets = super().reads(model).inputs
+        return Reads(targets, targets)
 
     def wrap(self, base: Base, r: int, scaling: float, generator: torch.Generator) -> LoraLinear:
         return DoraLinear(base, r, scaling, self.lora_dropout, self.init_lora_weights, generator)

@@ -7,8 +7,9 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import nn
 
-from shikomi.adapters._adapter import Attached, Capabilities
+from shikomi.adapters._adapter import Attached, Capabilities, Reads, Shapes
 from shikomi.errors import BadInput, Problem
+from shikomi.quant._quantized import Quantized
 
 
 @dataclass(frozen=True)
@@ -26,17 +27,44 @@ class Full:
     ] = None
 
     def attach(self, model: nn.Module, output_name: str | None, seed: int, tokenizer: Any) -> Attached | None:
-        """Chooses what is trained. Raises BadInput where that is nothing."""
-        trained = self.trained_names([name for name, _ in model.named_parameters()])
-        if not trained:
-            found = f"last_layers={self.last_layers}, freeze={self.freeze!r}"
-            fix = "freeze less: names look like " + ", ".join(n for n, _ in list(model.named_parameters())[1:4])
-            raise BadInput([Problem("adapter: full with nothing left to train", found=found, fix=fix)])
+        """Chooses what is trained. Raises BadInput where that is nothing, or weights are stored in few bits."""
+        few = next((name for name, module in model.named_modules() if isinstance(module, Quantized)), None)
+        if few is not None:
+            what = "adapter: full trains weights, and those of this model are stored in few bits"
+            fix = "set adapter: lora, or give the folder of the weights before quantization"
+            raise BadInput([Problem(what, found=few, fix=fix)])
+        trained = self._trained([name for name, _ in model.named_parameters()])
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in trained)
             if name in trained:
                 parameter.data = parameter.data.float()
         return None
+
+    def trained_shapes(self, model: Shapes) -> dict[str, tuple[int, ...]]:
+        """The trained parameters of the model itself. Raises BadInput where that is nothing."""
+        trained = self._trained(list(model.tensors))
+        return {name: shape for name, shape in model.tensors.items() if name in trained}
+
+    def frozen_numbers(self, model: Shapes) -> int:
+        return 0
+
+    @property
+    def off_is_start(self) -> bool:
+        return False
+
+    def reads(self, model: Shapes) -> Reads:
+        """Inputs of the trained layers."""
+        trained = self.trained_names(list(model.tensors))
+        return Reads(frozenset(path for path in model.linears if f"{path}.weight" in trained))
+
+    def _trained(self, names: list[str]) -> set[str]:
+        """`trained_names`; raises BadInput where that is nothing."""
+        trained = self.trained_names(names)
+        if not trained:
+            found = f"last_layers={self.last_layers}, freeze={self.freeze!r}"
+            fix = "freeze less: names look like " + ", ".join(names[1:4])
+            raise BadInput([Problem("adapter: full with nothing left to train", found=found, fix=fix)])
+        return trained
 
     def trained_names(self, names: list[str]) -> set[str]:
         """Those of a model's parameters that are trained."""

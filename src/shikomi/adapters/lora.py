@@ -10,8 +10,9 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from shikomi.adapters import _attach
-from shikomi.adapters._adapter import Attached, Capabilities
+from shikomi.adapters._adapter import Attached, Capabilities, Reads, Shapes
 from shikomi.adapters._modules import LoraEmbedding
+from shikomi.adapters._shapes import lora_shapes, lora_targets
 from shikomi.adapters._start import START, start_factors, taken_correction
 from shikomi.quant._linear import Base, Gradients, LowRank, PlainLinear, apply
 
@@ -55,6 +56,26 @@ class Lora:
     def attach(self, model: nn.Module, output_name: str | None, seed: int, tokenizer: Any) -> Attached:
         """Wraps the modules that `target_modules` names. Raises BadInput when nothing matches."""
         return _attach.attach(model, self, output_name, seed)
+
+    def trained_shapes(self, model: Shapes) -> dict[str, tuple[int, ...]]:
+        """A and B of every target, trained biases, and modules that are trained whole. Raises BadInput as `attach`."""
+        return lora_shapes(model, self)
+
+    def frozen_numbers(self, model: Shapes) -> int:
+        """A start that is a part of the base is kept, to be subtracted."""
+        if self.init_lora_weights not in START:
+            return 0
+        return sum(math.prod(shape) for name, shape in self.trained_shapes(model).items() if ".lora_" in name)
+
+    @property
+    def off_is_start(self) -> bool:
+        """B starts at zero, and nothing of the base is trained beside it."""
+        zero = self.init_lora_weights in (True, "gaussian")
+        return zero and self.bias == "none" and not self.modules_to_save
+
+    def reads(self, model: Shapes) -> Reads:
+        """Inputs of the targets."""
+        return Reads(frozenset(lora_targets(model, self)[0]))
 
     def wrap(self, base: Base, r: int, scaling: float, generator: torch.Generator) -> "LoraLinear":
         """The update of one linear map."""

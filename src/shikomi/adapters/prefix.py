@@ -9,7 +9,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from shikomi.adapters._adapter import Attached, Capabilities
+from shikomi.adapters._adapter import Attached, Capabilities, Reads, Shapes
 from shikomi.adapters._context import SAVED, OnContext, first_of
 from shikomi.errors import BadInput, Problem
 
@@ -59,6 +59,30 @@ class Prefix:
             "num_attention_heads": heads,
         }
         return OnContext(self, KeysValues(moved, layers, heads, width), config)
+
+    def trained_shapes(self, model: Shapes) -> dict[str, tuple[int, ...]]:
+        """Keys and values of every layer, or the parts that make them."""
+        narrow = model.kv_heads * model.head_dim
+        wide, hidden = model.layers * 2 * narrow, self.encoder_hidden_size or narrow
+        if not self.prefix_projection:
+            return {SAVED: (self.num_virtual_tokens, wide)}
+        return {
+            "embedding.weight": (self.num_virtual_tokens, narrow),
+            "transform.0.weight": (hidden, narrow),
+            "transform.0.bias": (hidden,),
+            "transform.2.weight": (wide, hidden),
+            "transform.2.bias": (wide,),
+        }
+
+    def frozen_numbers(self, model: Shapes) -> int:
+        return 0
+
+    @property
+    def off_is_start(self) -> bool:
+        return True
+
+    def reads(self, model: Shapes) -> Reads:
+        return Reads()
 
     def _start(self, wide: int, narrow: int, hidden: int, seed: int) -> dict[str, Tensor]:
         """Parameters before the first step, drawn in PEFT's order: of `prompt_embeddings`, or of matrix and MLP."""

@@ -8,7 +8,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from shikomi.adapters._adapter import Attached, Capabilities
+from shikomi.adapters._adapter import Attached, Capabilities, Reads, Shapes
 from shikomi.adapters._context import SAVED, OnContext, first_of
 from shikomi.errors import BadInput, Problem
 
@@ -59,6 +59,20 @@ class Prompt:
             "num_attention_heads": first_of(settings, "num_attention_heads", "n_head", "num_heads"),
         }
         return OnContext(self, virtual, config)
+
+    def trained_shapes(self, model: Shapes) -> dict[str, tuple[int, ...]]:
+        """The virtual tokens."""
+        return {SAVED: (self.num_virtual_tokens, next(iter(model.embeddings.values()))[1])}
+
+    def frozen_numbers(self, model: Shapes) -> int:
+        return 0
+
+    @property
+    def off_is_start(self) -> bool:
+        return True
+
+    def reads(self, model: Shapes) -> Reads:
+        return Reads()
 
     def _start(self, embedding: nn.Embedding, seed: int, tokenizer: Any) -> Tensor:
         """P (num_virtual_tokens, H) in fp32 before the first step."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from shikomi.adapters._attach import OnLayers
 from shikomi.adapters._modules import LoraEmbedding, TrainedCopy
+from shikomi.checkpoint.classifier import save_classifier
 from shikomi.checkpoint.files import saving
 from shikomi.errors import BadInput, Problem
 from shikomi.model.language_model import LanguageModel
@@ -49,11 +50,15 @@ def merge_weights(lm: LanguageModel, dtype: torch.dtype, stochastic: bool = Fals
     for path, base in list(lm.model.named_modules()):
         if isinstance(base, Quantized):  # what has no adapter leaves its few bits too
             weight = _rounded(base.full_weight(), dtype, stochastic, generator)
-            parent, _, name = path.rpartition(".")
-            lm.model.get_submodule(parent)._modules[name] = _dense(base, weight)
+            _put(lm.model, path, _dense(base, weight))
     for copied in lm.attached.copies.values():
         for parameter in copied.copy.parameters():
             parameter.data = _rounded(parameter.detach(), dtype, stochastic, generator)
+
+
+def _put(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    model.get_submodule(parent)._modules[name] = module
 
 
 def _dense(base: Base, weight: Tensor) -> Dense:
@@ -94,8 +99,14 @@ def _persistent(module: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def save_model(lm: LanguageModel, folder: Path, dtype: torch.dtype) -> None:
-    """Writes a folder that transformers loads by itself: config, safetensors, tokenizer, chat template."""
+    """Writes a folder that transformers loads by itself: config, safetensors, tokenizer, chat template.
+
+    A reward model becomes a sequence classification model.
+    """
     copied: dict[str, TrainedCopy] = lm.attached.copies if isinstance(lm.attached, OnLayers) else {}
+    if lm.scalar is not None:
+        save_classifier(lm, folder, state_dict(lm, dtype), dtype)
+        return
     untied = any(m.active is lm.head for m in copied.values()) or (
         lm.model.get_input_embeddings().weight is not lm.head.weight
     )
@@ -139,6 +150,8 @@ def merge(
     )
     if dtype == "auto" and chosen == torch.bfloat16:
         kept = {p: (m.inner, m.inner.weight) for p, m in lm.attached.wrapped().items()}
+        few = {p: m for p, m in lm.model.named_modules() if isinstance(m, Quantized)}
+        copies = [(p, p.data) for copied in lm.attached.copies.values() for p in copied.copy.parameters()]
         merge_weights(lm, chosen)
         if float((_logits(lm, probes) - adapted).abs().mean()) > LARGE_DRIFT * effect:
             chosen = torch.float32
@@ -148,26 +161,37 @@ def merge(
             if isinstance(module, LoraEmbedding):
                 module.inner.weight = weight
             module.enabled = True
+        for path, stored in few.items():
+            _put(lm.model, path, stored)
+        for parameter, data in copies:
+            parameter.data = data
     merge_weights(lm, chosen, stochastic=dtype == "bf16-stochastic", seed=seed)
     merged = _logits(lm, probes)
     drift = (merged - adapted).abs()
     save_model(lm, output, chosen)
-    log_p, log_q = adapted.log_softmax(-1), merged.log_softmax(-1)
-    return {
+    found = {
         "output": str(output),
         "dtype": str(chosen).removeprefix("torch."),
         "max_logit_drift": float(drift.max()),
         "mean_logit_drift": float(drift.mean()),
         "adapter_effect": effect,
         "lost_share": float(drift.mean()) / max(effect, 1e-12),
+        "notes": notes,
+    }
+    if lm.scalar is not None:
+        return found
+    log_p, log_q = adapted.log_softmax(-1), merged.log_softmax(-1)
+    return found | {
         "kl": float((log_p.exp() * (log_p - log_q)).sum(-1).mean()),
         "top1_agreement": float((adapted.argmax(-1) == merged.argmax(-1)).float().mean()),
-        "notes": notes,
     }
 
 
 def _logits(lm: LanguageModel, texts: Sequence[Sequence[int]]) -> Tensor:
-    """(sum of lengths, V) in fp32, by transformers' own forward."""
+    """(sum of lengths, V) in fp32, by transformers' own forward; of a reward model (sum of lengths, 1)."""
     with torch.no_grad(), lm.generating():
+        if lm.scalar is not None:
+            h = torch.cat([lm.hidden_alone(torch.tensor(list(t), device=lm.device)) for t in texts])
+            return lm.scalar.values(h)[:, None].cpu()
         rows = [lm.model(input_ids=torch.tensor([list(t)], device=lm.device), use_cache=False).logits[0] for t in texts]
     return torch.cat(rows).float().cpu()

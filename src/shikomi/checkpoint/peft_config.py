@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from shikomi.errors import BadInput, Problem
+from shikomi.model.task import SEQ_CLS
 
 CONFIG = "adapter_config.json"
+MODULE = "score"  # the head of a classifier in decoders of transformers
+CLASSIFIERS = (MODULE, "classifier")  # names that PEFT puts among modules_to_save of every classifier
 
 # `peft.LoraConfig(task_type="CAUSAL_LM").to_dict()` of PEFT 0.21; a test compares.
 DEFAULTS: dict[str, Any] = {
@@ -165,9 +168,11 @@ def _config_problems(raw: Mapping[str, Any], file: str) -> list[Problem]:
     if method not in FIELDS:
         return [Problem("an adapter of another method", file, None, f"peft_type {method!r}", ", ".join(FIELDS), merge)]
     problems = []
-    if task not in (None, "CAUSAL_LM"):
-        problems.append(Problem("an adapter for another task", file, None, f"task_type {task!r}", "CAUSAL_LM"))
+    if task not in (None, "CAUSAL_LM", SEQ_CLS):
+        allowed = f"CAUSAL_LM, {SEQ_CLS}"
+        problems.append(Problem("an adapter for another task", file, None, f"task_type {task!r}", allowed))
     if method != "LORA":
+        raw = without_classifiers(raw) if task == SEQ_CLS else raw
         for key, only in (("modules_to_save", (None, [])), ("num_transformer_submodules", (None, 1))):
             if raw.get(key) not in only:
                 what = "virtual tokens with more beside them than is supported"
@@ -182,6 +187,12 @@ def _config_problems(raw: Mapping[str, Any], file: str) -> list[Problem]:
         fix = "convert it to plain LoRA: PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)"
         problems.append(Problem(what, file, None, f"init_lora_weights={start!r}", None, fix))
     return problems + _wrong_types(raw, file)
+
+
+def without_classifiers(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A classifier's config without its head among modules_to_save."""
+    others = [name for name in config.get("modules_to_save") or [] if name not in CLASSIFIERS]
+    return {**config, "modules_to_save": others or None}
 
 
 def _wrong_types(raw: Mapping[str, Any], file: str) -> list[Problem]:

@@ -15,13 +15,17 @@ import torch
 from torch import Tensor
 
 from shikomi.checkpoint.files import TEMPORARY, replace_file, saving
-from shikomi.checkpoint.peft_config import CONFIG, adapter_config, read_config
+from shikomi.checkpoint.peft_config import CONFIG, MODULE, adapter_config, read_config
 from shikomi.checkpoint.tensors import read_safetensors, write_safetensors
 from shikomi.errors import BadInput, Problem
+from shikomi.model.heads import SCORE
+from shikomi.model.task import SEQ_CLS
 
 WEIGHTS, CARD = "adapter_model.safetensors", "README.md"
 PREFIX = "base_model.model."
 VIRTUAL = "prompt_embeddings"
+SCORES = {"LORA": f"{PREFIX}{SCORE}"}  # the scalar head of a reward model by method; elsewhere BESIDE_VIRTUAL
+BESIDE_VIRTUAL = f"base_model.{SCORE}"
 KINDS = {"LORA": "A LoRA adapter", "PREFIX_TUNING": "A tuned prefix", "PROMPT_TUNING": "A tuned prompt"}
 
 _LORA = re.compile(r"(?P<module>.+)\.(lora_[AB]\.weight|lora_embedding_[AB]|lora_magnitude_vector)")
@@ -47,23 +51,30 @@ def save_adapter(
     config: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
     base_model_name: str,
-    *,
     dtype: Literal["bf16", "fp32"] = "bf16",
     revision: str | None = None,
     data: str = "",
     method: str = "",
+    score: Tensor | None = None,
+    pad_token_id: int | None = None,
 ) -> None:
     """Writes adapter_config.json, adapter_model.safetensors and a model card; PEFT loads the folder.
 
     config: PEFT's names; its `peft_type` says the method, without it LoRA. tensors: PEFT's names, without an adapter
-    name. data, method: a line of the card each.
+    name. data, method: a line of the card each. score (1, H): the scalar head, which makes it a reward model;
+    pad_token_id: what its card says of padding.
     Raises ValueError for a name that is not PEFT's, TryAgain on a full disk.
     """
-    lora = config.get("peft_type", "LORA") == "LORA"
+    kind = config.get("peft_type", "LORA")
+    lora = kind == "LORA"
+    if score is not None:
+        tensors = {**tensors, SCORES.get(kind, BESIDE_VIRTUAL): score}
+        saved_whole = [*(config.get("modules_to_save") or []), MODULE]
+        config = {**config, "task_type": SEQ_CLS, "modules_to_save": saved_whole}
     if lora:
         odd = [name for name in tensors if not name.startswith(PREFIX) or _WITH_NAME.search(name)]
     else:
-        odd = [name for name in tensors if name != VIRTUAL]
+        odd = [name for name in tensors if name not in (VIRTUAL, BESIDE_VIRTUAL)]
     if odd:
         raise ValueError(f"not a name in PEFT's format: {odd[0]}")
     target = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
@@ -75,16 +86,39 @@ def save_adapter(
         write_safetensors(temporary, saved)
         temporary.rename(folder / WEIGHTS)
         replace_file(folder / CONFIG, json.dumps(full, indent=2, sort_keys=True).encode())
-        replace_file(folder / CARD, model_card(base_model_name, data, method, full["peft_type"]).encode())
+        about = (base_model_name, data, method, full["peft_type"])
+        card = model_card(*about) if score is None else reward_card(*about, pad_token_id)
+        replace_file(folder / CARD, card.encode())
+
+
+def _beginning(base_model_name: str, data: str, method: str, peft_type: str, task: str, title: str) -> list[str]:
+    """Front matter, title and facts of a card; parts that are empty are left out."""
+    front = f"base_model: {json.dumps(base_model_name, ensure_ascii=False)}\nlibrary_name: peft\n"
+    front += f"pipeline_tag: {task}\ntags:\n- {peft_type.lower().replace('_', '-')}\n- shikomi\n"
+    lines = [f"---\n{front}---\n", f"# {title} for {base_model_name}\n", f"- Base model: {base_model_name}"]
+    return lines + [f"- {label}: {text}" for label, text in (("Data", data), ("Method", method)) if text]
+
+
+def reward_card(base_model_name: str, data: str, method: str, peft_type: str, pad_token_id: int | None) -> str:
+    """The README.md of a reward model."""
+    title = f"A reward model ({KINDS[peft_type].split(' ', 1)[1]})"
+    lines = _beginning(base_model_name, data, method, peft_type, "text-classification", title)
+    pad = (
+        f"model.config.pad_token_id = {pad_token_id}  # one that ends no row: the value is that of the last other token"
+    )
+    lines.append(
+        "\nIts value of an answer is read at the last token of prompt and answer, end of turn included. Use it with "
+        "`shikomi eval FOLDER pairs.jsonl` or `shikomi.open_reward_model(FOLDER).score(rows)`, or with PEFT:\n\n"
+        "```python\nfrom peft import AutoPeftModelForSequenceClassification\n\n"
+        'model = AutoPeftModelForSequenceClassification.from_pretrained("FOLDER", num_labels=1)\n'
+        + (f"{pad}\n```\n" if pad_token_id is not None else "```\n")
+    )
+    return "\n".join(lines)
 
 
 def model_card(base_model_name: str, data: str = "", method: str = "", peft_type: str = "LORA") -> str:
     """A README.md with the hub's front matter; parts that are empty are left out."""
-    front = f"base_model: {json.dumps(base_model_name, ensure_ascii=False)}\nlibrary_name: peft\n"
-    front += f"pipeline_tag: text-generation\ntags:\n- {peft_type.lower().replace('_', '-')}\n- shikomi\n"
-    title = f"# {KINDS[peft_type]} for {base_model_name}\n"
-    lines = [f"---\n{front}---\n", title, f"- Base model: {base_model_name}"]
-    lines += [f"- {label}: {text}" for label, text in (("Data", data), ("Method", method)) if text]
+    lines = _beginning(base_model_name, data, method, peft_type, "text-generation", KINDS[peft_type])
     lines.append(
         '\nUse it with `shikomi generate FOLDER "text"`, or with PEFT:\n\n```python\n'
         "from peft import AutoPeftModelForCausalLM\n\n"
@@ -126,7 +160,7 @@ def load_adapter(folder: Path) -> Adapter:
 
 def _virtual_tokens(weights: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
     tensors = read_safetensors(weights)
-    if tensors.keys() != {VIRTUAL}:
+    if tensors.keys() != ({VIRTUAL, BESIDE_VIRTUAL} if config["task_type"] == SEQ_CLS else {VIRTUAL}):
         found, what = ", ".join(sorted(tensors)), "not the tensors of virtual tokens"
         raise BadInput([Problem(what, str(weights), found=found, allowed=VIRTUAL)])
     rows, tokens = len(tensors[VIRTUAL]), config["num_virtual_tokens"]

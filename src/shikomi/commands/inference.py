@@ -1,4 +1,4 @@
-"""generate, predict, chat, eval, merge and combine: using what was trained."""
+"""generate, predict, chat, merge and combine: using what was trained; eval is in scoring.py."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shikomi.commands.output import Device, Dtype, Json, Revision, TokenEnv, emit, one_of, show, showing, split_list
+from shikomi.commands.output import Device, Dtype, Json, Revision, TokenEnv, emit, one_of, showing, split_list
 from shikomi.errors import BadInput, Problem
 from shikomi.progress import Progress
 
@@ -47,17 +47,6 @@ In the chat:
 Examples:
   shikomi chat runs/my
   echo "Why is the sky blue?" | shikomi chat smollm2
-"""
-EVAL = """Score a model on a file; every metric comes with a 95% interval.
-
-Accuracy takes the most probable of the labels (constrained decoding), for a base model and a trained one alike.
-`shikomi list metrics` shows all metrics. A run brings its own templates and labels.
-
-\b
-Examples:
-  shikomi eval runs/my test.jsonl --metrics accuracy,macro_f1
-  shikomi eval smollm2 text.jsonl --metrics loss,perplexity --json
-  shikomi eval smollm2 test.csv --labels good,bad --prompt "Good or bad? {text}" --completion "{label}"
 """
 MERGE = """Write a run's adapter into its base model: a plain transformers folder. Reports how far the logits drift.
 
@@ -122,7 +111,7 @@ def generate(
         raise BadInput([Problem("an empty text", fix='shikomi generate MODEL "Some text"')])
     pairs = [_named(pair) for pair in adapter or ()]
     with showing(as_json) as progress:
-        ready = _open(model, revision, token_env, dtype, device, progress)
+        ready = open_named(model, revision, token_env, dtype, device, progress)
         answers = {}
         for name, folder in pairs:
             progress.phase(f"loading {name}")
@@ -159,7 +148,7 @@ def predict(
     if output.exists() and not force:
         raise BadInput([Problem("is there already", str(output), fix="choose another --output, or add --force")])
     with showing(as_json) as progress:
-        ready = _open(model, revision, token_env, dtype, device, progress)
+        ready = open_named(model, revision, token_env, dtype, device, progress)
         count = 0
         partial = output.with_name(output.name + ".partial")
         try:
@@ -190,51 +179,12 @@ def chat(
     from shikomi.commands.conversation import Conversation, talk
 
     with showing() as progress:
-        ready = _open(model, revision, token_env, dtype, device, progress)
+        ready = open_named(model, revision, token_env, dtype, device, progress)
 
     def answer(messages: list[dict[str, Any]], stream: Callable[[str], None]) -> str:
         return ready.generate(messages, max_new_tokens, temperature, top_p, seed, stream)
 
     talk(Conversation(answer, ready.base, system), model)
-
-
-def evaluate(
-    model: Model,
-    file: Rows,
-    metrics: Annotated[str | None, typer.Option(help="Comma-separated; absent: those that suit the task.")] = None,
-    labels: Annotated[str | None, typer.Option(help="The label set, comma-separated.")] = None,
-    prompt: Prompt = None,
-    completion: Completion = None,
-    limit: Limit = None,
-    max_new_tokens: NewTokens = 64,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    revision: Revision = None,
-    token_env: TokenEnv = None,
-    as_json: Json = False,
-) -> None:
-    """A table, or one JSON object."""
-    with showing(as_json) as progress:
-        ready = _open(model, revision, token_env, dtype, device, progress)
-        found = ready.evaluate(
-            file,
-            split_list(metrics),
-            labels=split_list(labels) or None,
-            prompt=prompt,
-            completion=completion,
-            limit=limit,
-            max_new_tokens=max_new_tokens,
-            progress=progress,
-        )
-    if as_json:
-        emit({"model": model, "file": file, **found})
-        return
-    from shikomi.evaluate.tables import evaluation_table
-
-    print(f"{found['n']:,} rows of {file} (95% intervals)")
-    show(evaluation_table({model: found}))
-    for note in found["notes"]:
-        print(f"note: {note}")
 
 
 def merge(
@@ -314,7 +264,7 @@ def _numbers(text: str) -> list[float]:
         raise BadInput([Problem("--weights: not numbers", found=repr(text), allowed="such as 0.7,0.3")]) from error
 
 
-def _open(
+def open_named(
     model: str, revision: str | None, token_env: str | None, dtype: str, device: str, progress: Progress
 ) -> Ready:
     progress.phase("importing torch")

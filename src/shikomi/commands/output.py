@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 EXIT_CODES = """\b
 Exit codes:
   0    good
+  1    shikomi doctor has found something that would stop a run
   2    bad input: recipe, data, model or command line; a finished run in the way; nothing was written
   3    the loss is not a finite number; stopped before the update
   75   try again: another process writes there, the disk is full, or memory is short

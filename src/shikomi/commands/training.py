@@ -178,7 +178,8 @@ def _show_dry_run(found: Mapping[str, Any]) -> None:
     trained, total = found["trainable_parameters"], found["total_parameters"]
     print(f"model      {found['model']}, {total:,} parameters")
     print(f"adapter    {found['adapter']}: {trained:,} parameters are trained")
-    print(f"memory     at least {size(found['memory_bound_bytes'])}")
+    if found["planned"]:
+        print(f"memory     {_planned(found['planned'])}")
     for stage in found.get("stages", [found]):  # a run of one stage is not nested
         share = 100 * stage["trained_tokens"] / max(1, stage["tokens"])
         cut = f", {stage['truncated']:,} of them cut" if stage["truncated"] else ""
@@ -193,6 +194,14 @@ def _show_dry_run(found: Mapping[str, Any]) -> None:
     print(f"\nnothing was written; to train into {short_path(Path(found['output_dir']))}, leave --dry-run out")
 
 
+def _planned(planned: Mapping[str, Any]) -> str:
+    """A planned peak with its range and its largest parts."""
+    peak = planned["peak_memory_bytes"]
+    parts = sorted(planned["components"].items(), key=lambda part: -part[1]["likely"])[:4]
+    told = ", ".join(f"{name} {size(part['likely'])}" for name, part in parts)
+    return f"about {size(peak['likely'])} ({size(peak['low'])} to {size(peak['high'])}): {told}"
+
+
 def show_result(folder: Path, values: Mapping[str, Any]) -> None:
     """What a finished run is worth, and the commands that come next."""
     if values.get("evaluation"):
@@ -200,9 +209,11 @@ def show_result(folder: Path, values: Mapping[str, Any]) -> None:
 
         show(comparison(values["evaluation"]))
     speed = values["tokens_per_second"]
+    peak = values["planned"].get("peak_memory_bytes") if values.get("planned") else None
+    planned = f" (planned {size(peak['likely'])})" if peak else ""
     print(
         f"{short_path(folder)}: {values['total_tokens']:,} tokens in {duration(values['training_seconds'])} "
-        f"({speed:,.0f} tokens/s), peak memory {size(values['peak_memory_bytes'])}, "
+        f"({speed:,.0f} tokens/s), peak memory {size(values['peak_memory_bytes'])}{planned}, "
         f"final loss {values['final_loss']:.4f}"
     )
     report = folder / "report.html"

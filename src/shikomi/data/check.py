@@ -1,16 +1,13 @@
-"""Reading and checking data in one pass: every problem of every file at once, and what is worth knowing besides."""
+"""Which pass reads the rows of an objective, rows in memory for evaluation, and the label set of a task."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from shikomi.data.copies import near_copies
-from shikomi.data.encode import Encoder
 from shikomi.data.formats import label_set, uses_labels
-from shikomi.data.preference_scan import PROMPTS_KEPT, PairPass, PreferencePass, ThumbPass
+from shikomi.data.preference_scan import PairPass, ThumbPass
 from shikomi.data.problems import Problems
-from shikomi.data.report import Report
 from shikomi.data.scan import Item, Pass, Scan
 from shikomi.data.sources import rows
 from shikomi.data.split import Split
@@ -72,50 +69,3 @@ def template_labels(spec: DataSpec, labels: tuple[str, ...] | None) -> tuple[str
             ]
         )
     return found
-
-
-def check_data(
-    spec: DataSpec,
-    encoder: Encoder | None = None,
-    labels: tuple[str, ...] | None = None,
-    kind: str = "conversations",
-) -> tuple[dict[str, Report], list[Problem]]:
-    """Check every source that a recipe names: (report by role, all problems). With an encoder, tokens are counted.
-
-    kind: what the objective learns from, its `data`: conversations, pairs or thumbs. Of preferences the prompts of
-    the files are compared too, where they are few.
-    """
-    roles: dict[str, Sequence[Source]] = {"train": spec.train}
-    if spec.validation is not None and not isinstance(spec.validation, float):
-        roles["validation"] = spec.validation
-    if spec.test is not None:
-        roles["test"] = spec.test
-    reports, problems = {}, Problems()
-    prompts: dict[str, list[str]] = {}
-    try:
-        labels = template_labels(spec, labels) if kind == "conversations" else labels or spec.labels
-    except BadInput as error:
-        labels = ()
-        if not any(p.file for p in error.problems):  # a source that is missing is named by the scan
-            problems.add(error.problems)
-    for role, sources in roles.items():
-        scan = SCANS[kind](sources, spec, labels, role, problems=problems)
-        for _ in scan.encoded(encoder) if encoder is not None else scan:
-            pass
-        reports[role] = scan.report
-        if isinstance(scan, PreferencePass):
-            prompts[role] = scan.prompts
-    for role in [role for role in prompts if role != "train"]:
-        reports[role].notes += overlap(prompts["train"], prompts[role], role)
-    return reports, problems.all()
-
-
-def overlap(train: Sequence[str], other: Sequence[str], role: str) -> list[str]:
-    """Sentences on the prompts that a split shares with the training rows; none where there are too many to compare."""
-    if max(len(train), len(other)) > PROMPTS_KEPT:
-        return []
-    known = set(train)
-    same = sum(prompt in known for prompt in other)
-    near = len(near_copies(train, [prompt for prompt in other if prompt not in known]))
-    out = [f"{same:,} prompts of the {role} rows are in the training rows too"] if same else []
-    return out + ([f"{near:,} prompts of the {role} rows are nearly those of training rows"] if near else [])

@@ -83,10 +83,11 @@ def detect(path: str | Path) -> Detected:
         reasons = [f"the rows have the keys of format {kind}"]
         reasons += [f"there are only {len(labels)} different answers"] if labels else []
         return Detected(str(path), kind, columns, len(read), more, None, None, labels, reasons, read[:3])
-    return _columns(source, columns, read, more)
+    return propose(source, columns, read, more)
 
 
-def _columns(source: Source, columns: list[str], read: list[dict[str, Any]], more: bool) -> Detected:
+def propose(source: Source, columns: list[str], read: list[dict[str, Any]], more: bool) -> Detected:
+    """A prompt and an answer from columns, by their names and what they hold. Raises BadInput where there are none."""
     usable = [name for name in columns if _is_text(name, read)]
     answer, why = _answer_column(usable, read)
     prompts = _prompt_columns([name for name in usable if name != answer], read)

@@ -85,7 +85,7 @@ def parse_tool_calls(value: Any) -> tuple[list[dict[str, Any]] | None, Problem |
                     found=_short(arguments),
                     allowed="an object, or an object as JSON text",
                 )
-        rest = {key: item for key, item in call.items() if key in ("id", "index")}
+        rest = {key: item for key, item in call.items() if key in ("id", "index") and item is not None}
         calls.append({"type": "function", **rest, "function": {"name": function["name"], "arguments": arguments}})
     return calls, None
 

@@ -103,7 +103,10 @@ class TextTokenizer:
             return [self._anchored(backend, piece) for piece in pieces]
         encodings = backend.encode_batch([piece.text for piece in pieces], add_special_tokens=False)
         return [
-            (np.asarray(e.ids, np.int32), _before(e.offsets, piece.trained))
+            (
+                np.asarray(e.ids, np.int32),
+                _before(e.offsets, piece.trained) if piece.trained else np.zeros(len(e), bool),
+            )
             for e, piece in zip(encodings, pieces, strict=True)
         ]
 

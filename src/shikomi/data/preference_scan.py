@@ -31,9 +31,6 @@ from shikomi.errors import BadInput, Problem
 PLACES = 5
 """Rows that are named for each count."""
 
-PROMPTS_KEPT = 5000
-"""Prompts of a pass that are kept for the comparison of splits."""
-
 JudgedT = TypeVar("JudgedT", Preference, Judgement)
 
 
@@ -69,10 +66,9 @@ class _Seen:
 
 @dataclass
 class PreferencePass(Pass[JudgedT, Answers]):
-    """What passes over pairs and over judged answers share. `prompts` holds the first PROMPTS_KEPT of them, and one."""
+    """What passes over pairs and over judged answers share."""
 
     report: PreferenceReport = field(default_factory=PreferenceReport)
-    prompts: list[str] = field(default_factory=list)
     _seen: _Seen = field(default_factory=_Seen)
 
     def encode(self, encoder: Encoder, records: Sequence[JudgedT]) -> list[Answers | BadInput]:
@@ -80,8 +76,6 @@ class PreferencePass(Pass[JudgedT, Answers]):
 
     def seen(self, item: Item[JudgedT]) -> bool:
         record = item.conversation
-        if len(self.prompts) <= PROMPTS_KEPT:
-            self.prompts.append(prompt_text(record))
         if record.same:
             self.report.same += 1
             self._place("same", item.row)
@@ -240,9 +234,3 @@ class ThumbPass(PreferencePass[Judgement]):
                     fix="to learn from good answers alone, use objective: sft" if good else "add good answers",
                 )
             )
-
-
-def prompt_text(record: Preference | Judgement) -> str:
-    """The prompt as one text, for comparisons."""
-    messages, _, text = record.identity
-    return text if isinstance(text, str) else "\n".join(str(m.get("content") or "") for m in messages)

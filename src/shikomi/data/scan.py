@@ -127,7 +127,7 @@ class Pass(ABC, Generic[RecordT, EncodedT]):
             results = self.encode(encoder, [item.conversation for item in batch])
             for item, result in zip(batch, results, strict=True):
                 if isinstance(result, BadInput):
-                    self.problems.add(_placed(result, item.row))
+                    self.problems.add(placed(result, item.row))
                 elif self.count(item, result, encoder):
                     yield item, result
             shown.tick(self.report.rows, 0, "rows tokenised")
@@ -165,7 +165,7 @@ class Pass(ABC, Generic[RecordT, EncodedT]):
                 return []
             return self.parse(row)
         except BadInput as error:
-            self.problems.add(_placed(error, row))
+            self.problems.add(placed(error, row))
             return []
 
     def _nothing_left(self, encoder: Encoder) -> Problem:
@@ -219,5 +219,6 @@ class Scan(Pass[Conversation, Encoded]):
         return True
 
 
-def _placed(error: BadInput, row: Row) -> list[Problem]:
+def placed(error: BadInput, row: Row) -> list[Problem]:
+    """The problems of a row with its file and line."""
     return [Problem(p.what, p.file or row.file, p.line or row.line, p.found, p.allowed, p.fix) for p in error.problems]

@@ -123,7 +123,7 @@ PAGE = """\
 <table>
 <caption>All systems on the same {{ n }} rows, decoded the same way, with 95% intervals.</caption>
 <thead><tr><th scope="col">System</th>
-{% for column in columns %}<th scope="col">{{ column }}</th>{% endfor %}
+{% for column in columns %}<th scope="col" title="{{ column.about }}">{{ column.name }}</th>{% endfor %}
 <th scope="col">Time</th></tr></thead>
 <tbody>
 {% for system in systems %}
@@ -220,7 +220,8 @@ PAGE = """\
 </tbody></table></div>
 {% endif %}
 </main>
-<footer>Written by Shikomi. This page holds everything it shows and loads nothing.</footer>
+<footer>Written by Shikomi. This page holds everything it shows and loads nothing.
+<code>shikomi explain NAME</code> says what a number means and what is healthy.</footer>
 </div>
 </body>
 </html>

@@ -6,6 +6,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from shikomi.evaluate.explanations import of_metric
 from shikomi.evaluate.loss_picture import describe, inline_svg, loss_svg
 from shikomi.evaluate.page import PAGE, render_page
 from shikomi.evaluate.wording import (
@@ -118,7 +119,7 @@ def _stages(result: Mapping[str, Any]) -> list[dict[str, str]]:
 def _costs(result: Mapping[str, Any]) -> list[dict[str, str]]:
     planned = result.get("planned") or {}
     rows = [
-        {"name": label, "planned": _or_dash(planned.get(key), write), "measured": _or_dash(result.get(key), write)}
+        {"name": label, "planned": _planned(planned.get(key), write), "measured": _or_dash(result.get(key), write)}
         for key, label, write in _COSTS
         if planned.get(key) is not None or result.get(key) is not None
     ]
@@ -129,6 +130,13 @@ def _costs(result: Mapping[str, Any]) -> list[dict[str, str]]:
         if key not in known and isinstance(value, str | int | float)
     ]
     return rows
+
+
+def _planned(value: Any, write: Any) -> str:
+    """A planned number, which may be a range."""
+    if not isinstance(value, dict):
+        return _or_dash(value, write)
+    return f"{write(value['likely'])} ({write(value['low'])} to {write(value['high'])})"
 
 
 def _or_dash(value: float | None, write: Any) -> str:
@@ -158,7 +166,7 @@ def _comparison(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     gap = evaluation.get("difference") or {"metrics": {}}
     return {
         "systems": systems,
-        "columns": [metric_name(name) for name in metrics],
+        "columns": [{"name": metric_name(name), "about": _about(name)} for name in metrics],
         "n": f"{evaluation.get('n', 0):,}",
         "notes": evaluation.get("notes") or [],
         "gaps": [
@@ -167,6 +175,12 @@ def _comparison(evaluation: Mapping[str, Any]) -> dict[str, Any]:
             for name, g in gap["metrics"].items()
         ],
     }
+
+
+def _about(metric: str) -> str:
+    """What a metric means, shown where the pointer rests on its name; empty for one of the user's own."""
+    entry = of_metric(metric)
+    return "" if entry is None else f"{entry.title}. {entry.meaning}"
 
 
 def _system_name(label: str, system: Mapping[str, Any]) -> str:

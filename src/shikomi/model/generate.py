@@ -1,10 +1,13 @@
 """Text from a model, through transformers' generate with its caches and the model's own attention."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, TextStreamer
+from torch import Tensor
+from transformers import DynamicCache, GenerationConfig, TextStreamer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from shikomi.adapters._adapter import Context
 from shikomi.model.context import batch
@@ -33,10 +36,12 @@ def generate(
     seed: int,
     stream: Callable[[str], None] | None,
     context: Context | None = None,
+    samples: int = 1,
 ) -> list[list[int]]:
     """New tokens of each prompt, without the stop token that ended them; temperature 0 is greedy.
 
-    `stream` gets the text of a single prompt's answer piece by piece; `context` comes before every prompt.
+    `stream` gets the text of a single prompt's answer piece by piece; `context` comes before every prompt; `samples`
+    answers to each prompt stand behind each other, and the prompt is computed once for them where the cache allows it.
     """
     longest = max(len(p) for p in prompts)
     pad = stop_ids[0] if stop_ids else 0
@@ -54,7 +59,9 @@ def generate(
     device = model.device
     with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        inputs = {"input_ids": ids.to(device), "attention_mask": attend.to(device)}
+        inputs: dict[str, Any] = {"input_ids": ids.to(device), "attention_mask": attend.to(device)}
+        cache = _shared(model, **inputs, samples=samples) if samples > 1 and context is None else {}
+        inputs = {name: tensor.repeat_interleave(samples, 0) for name, tensor in inputs.items()} | cache
         if context is not None:
             inputs = batch(model, context, inputs["input_ids"], inputs["attention_mask"])
         out = model.generate(
@@ -66,3 +73,22 @@ def generate(
         end = next((i for i, token in enumerate(tokens) if token in stops), len(tokens))
         answers.append(tokens[:end])
     return answers
+
+
+def _shared(model: Any, input_ids: Tensor, attention_mask: Tensor, samples: int) -> dict[str, Any]:
+    """Keys and values of all but the last token of each prompt, once for every sample: an argument of generate.
+
+    Nothing for caches that hold anything else, such as the state of a recurrent layer.
+    """
+    takes = inspect.signature(model.forward).parameters
+    name = next((n for n in ("cache", "past_key_values") if n in takes), None)  # renamed in transformers 5
+    cache = DynamicCache(config=model.config)
+    known = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
+    if name is None or not known or not cache.layers or input_ids.shape[1] < 2:
+        return {}
+    place = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, :-1]
+    positions = {"position_ids": place} if "position_ids" in takes else {}
+    seen = {"input_ids": input_ids[:, :-1], "attention_mask": attention_mask[:, :-1]}
+    model.base_model(**seen, **positions, **{name: cache}, use_cache=True)
+    cache.batch_repeat_interleave(samples)
+    return {name: cache}

@@ -15,6 +15,7 @@ from shikomi.model import attention, fused
 from shikomi.model.context import alone, batches
 from shikomi.model.device import Dtypes
 from shikomi.model.generate import generate
+from shikomi.model.heads import SCORE, ScalarHead
 from shikomi.model.logprobs import Scored, Shape, log_probabilities
 from shikomi.model.reference import OFF, Reference, in_place_of
 from shikomi.quant._quantized import logical_parameters
@@ -44,6 +45,7 @@ class LanguageModel:
     earlier: list[dict[str, Tensor]] = field(default_factory=list)  # adapters of earlier stages, kept frozen or merged
     rebased: bool = False  # what is trained is no adapter for the base as loaded: its result is a whole model
     fixed: Reference | None = None  # the reference policy of the stage that is trained
+    scalar: ScalarHead | None = None  # of a reward model
 
     @property
     def config(self) -> Any:
@@ -63,10 +65,11 @@ class LanguageModel:
         return self.config.num_hidden_layers
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """Trained parameters; an adapter's by the names of its file, a full model's by their own."""
+        """Trained parameters: an adapter's by the names of its file, a full model's and a scalar head's by theirs."""
+        head = {} if self.scalar is None or not self.scalar.weight.requires_grad else {SCORE: self.scalar.weight}
         if self.attached is not None:
-            return self.attached.parameters()
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+            return self.attached.parameters() | head
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad} | head
 
     @property
     def trainable_parameters(self) -> int:
@@ -74,13 +77,16 @@ class LanguageModel:
 
     @property
     def total_parameters(self) -> int:
-        """Parameters of the base as loaded, tied ones once."""
+        """Parameters of the base as loaded, tied ones once, and the scalar head."""
         inside = {id(p): p.numel() for p in self.model.parameters()}
         total = sum(inside.values()) + logical_parameters(self.model)
+        if self.scalar is not None:
+            total += self.scalar.weight.numel()
         if self.attached is None:
             return total
-        trained = sum(p.numel() for p in self.attached.parameters().values() if id(p) in inside)
-        of_the_base = self.trainable_parameters - self.attached.added()
+        own = self.attached.parameters().values()
+        trained = sum(p.numel() for p in own if id(p) in inside)
+        of_the_base = sum(p.numel() for p in own) - self.attached.added()
         return total - trained + of_the_base
 
     def parameter_line(self) -> str:
@@ -114,10 +120,25 @@ class LanguageModel:
         """Log-probabilities of the scored tokens of a micro-batch, with autograd where it is enabled."""
         packed = packed.to(self.device)
         if self.path == "separate":
-            rows, scored = self._separate(packed)
+            rows, scored = self._separate(packed, packed.scored)
         else:
             rows, scored = self.hidden(packed), packed.scored
         return Scored(log_probabilities(rows, scored, packed.targets, self.head, self.shape), packed.segment)
+
+    def values(self, packed: Packed, rows: Sequence[int]) -> Tensor:
+        """Values (S,) in fp32 that the scalar head reads at these rows of a micro-batch, with autograd where it is on.
+
+        Raises ValueError where there is no such head.
+        """
+        if self.scalar is None:
+            raise ValueError("this model has no scalar head")
+        packed = packed.to(self.device)
+        at = torch.tensor(list(rows), dtype=torch.int64, device=self.device)
+        if self.path == "separate":
+            h, at = self._separate(packed, at)
+        else:
+            h = self.hidden(packed)
+        return self.scalar.values(h.index_select(0, at))
 
     def hidden(self, packed: Packed) -> Tensor:
         """Hidden states (T, H) after the final norm of a packed row, on the fused or the packed path."""
@@ -143,9 +164,9 @@ class LanguageModel:
             )
         return out.last_hidden_state[0, ahead:]
 
-    def _separate(self, packed: Packed) -> tuple[Tensor, Tensor]:
-        """Hidden states of the scored rows (N, H), each chain of segments computed by itself."""
-        offsets, rows = packed.offsets, packed.scored.tolist()
+    def _separate(self, packed: Packed, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states (N, H) of the wanted rows (N,), each chain of segments computed by itself; and their places."""
+        offsets, rows = packed.offsets, wanted.tolist()
         spans = [(o, o + n) for o, n in zip(offsets, packed.lengths, strict=True)]
         owner = [index for index, (a, b) in enumerate(spans) for _ in range(a, b)]
         found: dict[int, Tensor] = {}
@@ -200,15 +221,16 @@ class LanguageModel:
         top_p: float = 1.0,
         seed: int = 0,
         stream: Callable[[str], None] | None = None,
+        samples: int = 1,
     ) -> list[list[int]]:
-        """New tokens of each prompt up to a stop token; temperature 0 is greedy."""
-        how = (self.stop_ids, max_new_tokens, temperature, top_p, seed, stream, self.context)
-        found: dict[int, list[int]] = {}
+        """New tokens of each prompt up to a stop token, `samples` of each in turn; temperature 0 is greedy."""
+        how = (self.stop_ids, max_new_tokens, temperature, top_p, seed, stream, self.context, samples)
+        found: dict[int, list[list[int]]] = {}
         with self.generating():
             for some in batches(self.model, self.context, [len(p) for p in prompts], max_new_tokens):
                 answers = generate(self.model, self.tokenizer, [prompts[i] for i in some], *how)
-                found |= dict(zip(some, answers, strict=True))
-        return [found[i] for i in range(len(prompts))]
+                found |= {i: answers[k * samples : (k + 1) * samples] for k, i in enumerate(some)}
+        return [answer for i in range(len(prompts)) for answer in found[i]]
 
     @contextlib.contextmanager
     def generating(self) -> Iterator[None]:

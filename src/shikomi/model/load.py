@@ -10,14 +10,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 from shikomi.adapters._adapter import Adapter, Attached
-from shikomi.adapters._attach import OnLayers
+from shikomi.adapters._attach import PREFIX, OnLayers
 from shikomi.adapters._modules import TrainedCopy
 from shikomi.adapters.lora import Lora
 from shikomi.errors import BadInput, Problem
 from shikomi.model.device import Dtypes, choose_device, choose_dtypes, tune_allocator
+from shikomi.model.heads import SCORE, classifier_of, deviation, fresh_head, saved_head, tie_head
 from shikomi.model.language_model import LanguageModel
 from shikomi.model.logprobs import Shape
 from shikomi.model.probe import choose_path
+from shikomi.model.task import Task, is_classifier
 from shikomi.quant._dense import Dense, widen_embedding
 from shikomi.quant._linear import PlainLinear
 from shikomi.quant._loftq import Correcting
@@ -36,10 +38,12 @@ def load_model(
     new_tokens: tuple[str, ...] = (),
     tokenizer_folder: str | None = None,
     quant: Scheme | None = None,
+    task: Task = "policy",
 ) -> LanguageModel:
     """The model of a transformers folder; `adapter` is put on it fresh, None leaves everything frozen.
 
-    `quant` stores the base's linear maps in few bits; a folder that is stored so already needs none.
+    `quant` stores the base's linear maps in few bits; a folder that is stored so already needs none. A reward model has
+    a scalar head, that of the folder or a fresh one, and no use for the head for tokens.
 
     Raises BadInput for an architecture that is not a causal language model.
     """
@@ -49,25 +53,48 @@ def load_model(
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder or folder, local_files_only=True)
     if quant is not None and isinstance(adapter, Lora) and adapter.init_lora_weights == "loftq":
         quant = Correcting(quant, max([adapter.r, *(adapter.rank_pattern or {}).values()]), adapter.loftq_iter)
-    model, notes = _load(folder, dtypes, where, quant)
+    model, notes = _load(folder, dtypes, where, quant, task)
     notes += _grow(model, tokenizer, new_tokens)
     if new_tokens and isinstance(adapter, Lora):
         adapter, note = _with_embeddings(model, adapter)
         notes.append(note)
     lm = wrap(model, tokenizer, adapter, dtypes, where, seed)
+    if task == "reward":
+        notes.append(_put_scalar_head(lm, folder, seed))
     choose_path(lm, max_length)
     lm.notes = notes + lm.notes
     return lm
 
 
-def count_parameters(folder: str, adapter: Adapter) -> tuple[int, int]:
+def count_parameters(folder: str, adapter: Adapter, task: Task = "policy") -> tuple[int, int]:
     """(trained, total) parameters from a folder's config alone: no weight is read."""
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     meta = torch.device("meta")
+    if task == "reward":
+        tie_head(model)
     lm = wrap(model, None, adapter, Dtypes(torch.float32, torch.float32), meta)
+    if task == "reward":
+        lm.scalar = fresh_head(config, 0, meta)
     return lm.trainable_parameters, lm.total_parameters
+
+
+def _put_scalar_head(lm: LanguageModel, folder: str, seed: int) -> str:
+    """Gives a model the scalar head of its folder, or a fresh one; returns a line for the user.
+
+    Raises BadInput where the adapter trains the head for tokens, which a reward model has not.
+    """
+    lm.scalar = fresh_head(lm.config, seed, lm.device)
+    head = next(name for name, module in lm.model.named_modules() if module is lm.model.get_output_embeddings())
+    names = lm.attached.parameters() if lm.attached is not None else {}
+    if found := [name for name in names if name.startswith(f"{PREFIX}{head}.")]:
+        what = f"the adapter trains {head}, the head for tokens, which a reward model has not"
+        raise BadInput([Problem(what, found=found[0], fix=f"take {head} out of target_modules and modules_to_save")])
+    if is_classifier(Path(folder)):
+        lm.scalar.load(saved_head(Path(folder)), folder)
+        return f"value head: {SCORE} of {folder}"
+    return f"value head: a fresh {SCORE}, normal with deviation {deviation(lm.config):.3g}"
 
 
 def wrap(
@@ -125,7 +152,7 @@ def stop_ids_of(model: Any, tokenizer: Any) -> set[int]:
     return {i for end in ends if end is not None for i in (end if isinstance(end, list) else [end])}
 
 
-def _load(folder: str, dtypes: Dtypes, device: torch.device, quant: Scheme | None) -> tuple[Any, list[str]]:
+def _load(folder: str, dtypes: Dtypes, device: torch.device, quant: Scheme | None, task: Task) -> tuple[Any, list[str]]:
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise BadInput(
@@ -137,11 +164,22 @@ def _load(folder: str, dtypes: Dtypes, device: torch.device, quant: Scheme | Non
             ]
         )
     no_dropout(config)
+    passed_over: frozenset[str] = frozenset()
+    if task == "reward":
+        passed_over = classifier_of(config).dropped | {SCORE}
+        config.tie_word_embeddings = config.tie_word_embeddings or is_classifier(Path(folder))
     scheme = quant or from_config(config.to_dict().get("quantization_config"), folder)
     if scheme is not None:
-        return load_quantized(Path(folder), config, scheme, dtypes.storage, dtypes.arithmetic, device)
-    model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtypes.storage, local_files_only=True)
-    return model.to(device), []
+        config.tie_word_embeddings = config.tie_word_embeddings or task == "reward"
+        how = (scheme, dtypes.storage, dtypes.arithmetic, device, passed_over)
+        model, notes = load_quantized(Path(folder), config, *how)
+    else:
+        kind = AutoModelForCausalLM
+        model = kind.from_pretrained(folder, config=config, dtype=dtypes.storage, local_files_only=True)
+        model, notes = model.to(device), []
+    if task == "reward":
+        tie_head(model)
+    return model, notes
 
 
 def no_dropout(config) -> None:

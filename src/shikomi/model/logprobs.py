@@ -15,10 +15,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from shikomi.quant._dense import Dense
+from shikomi.quant._dense import Dense, upcast
 from shikomi.quant._linear import Backward, Linear, compute
 
 TILE_BYTES = 48 << 20  # logits of one tile, in fp32 bytes
+WIDENED = 128 << 20  # bytes of a narrow head that are widened at a time; a tile's too where that is not all of it
 STRIP = 32  # rows whose softmax stays in cache
 
 
@@ -48,8 +49,8 @@ def log_probabilities(h: Tensor, scored: Tensor, targets: Tensor, head: Linear, 
     return _FrozenHead.apply(rows, targets, head, shape)
 
 
-def _tiles(n: int, vocabulary: int) -> list[slice]:
-    size = max(STRIP, TILE_BYTES // (4 * vocabulary) // STRIP * STRIP)
+def _tiles(n: int, vocabulary: int, size_bytes: int = TILE_BYTES) -> list[slice]:
+    size = max(STRIP, size_bytes // (4 * vocabulary) // STRIP * STRIP)
     return [slice(i, min(i + size, n)) for i in range(0, n, size)]
 
 
@@ -98,6 +99,38 @@ def _shaped(z: Tensor, shape: Shape) -> Tensor:
     return z if shape.softcap is None else shape.softcap * torch.tanh(z / shape.softcap)
 
 
+def pieces(head: Dense) -> list[slice]:
+    """Rows of W that are in the arithmetic dtype together: all, unless widening them took more than WIDENED bytes."""
+    width = head.in_features * head.dtype.itemsize
+    if head.weight.dtype == head.dtype or head.transposed or head.out_features * width <= WIDENED:
+        return [slice(0, head.out_features)]
+    rows = WIDENED // width
+    return [slice(first, min(first + rows, head.out_features)) for first in range(0, head.out_features, rows)]
+
+
+class _Weight:
+    """W (V, H) of a dense head in the arithmetic dtype, in pieces; one piece is widened once, several at each use."""
+
+    def __init__(self, head: Dense):
+        self.head, self.parts = head, pieces(head)
+        self.whole = head.dequantize() if len(self.parts) == 1 else None
+
+    def _piece(self, part: slice) -> Tensor:
+        return upcast(self.head.weight.detach()[part], self.head.dtype) if self.whole is None else self.whole
+
+    def logits(self, x: Tensor, into: Tensor) -> None:
+        """Fills `into` (n, V) with x W^T + b."""
+        for part in self.parts:
+            torch.mm(x, self._piece(part).t(), out=into[:, part])
+        if self.head.bias is not None:
+            into += self.head.bias.to(into.dtype)
+
+    def back(self, z: Tensor, into: Tensor) -> None:
+        """Fills `into` (n, H) with z W."""
+        for number, part in enumerate(self.parts):
+            torch.addmm(into, z[:, part], self._piece(part), beta=min(number, 1), out=into)
+
+
 class _FrozenHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows, targets, head, shape):
@@ -105,25 +138,25 @@ class _FrozenHead(torch.autograd.Function):
         logp = torch.empty(n, dtype=torch.float32, device=rows.device)
         needs_j = ctx.needs_input_grad[0]
         j = torch.empty(n, width, dtype=rows.dtype, device=rows.device) if needs_j else None
-        dense = type(head) is Dense
-        weight = head.dequantize() if dense else None
+        weight = _Weight(head) if type(head) is Dense else None
         buffer = None
-        for tile in _tiles(n, head.out_features):
+        for tile in _tiles(n, head.out_features, TILE_BYTES if weight is None or weight.whole is not None else WIDENED):
             x = rows[tile]
-            if weight is None:
-                z = compute([head], x)
-            else:
+            if weight is not None:
                 if buffer is None:
                     buffer = torch.empty(x.shape[0], head.out_features, dtype=x.dtype, device=x.device)
-                z = torch.mm(x, weight.t(), out=buffer[: x.shape[0]])
-                if head.bias is not None:
-                    z += head.bias.to(z.dtype)
+                z = buffer[: x.shape[0]]
+                weight.logits(x, z)
+            else:
+                z = compute([head], x)
             rounded = z.gather(1, targets[tile, None])[:, 0] if z.dtype != torch.float32 else None
             _normalize(z, targets[tile], shape, logp[tile], needs_j)
-            if rounded is not None and dense:
+            if rounded is not None and weight is not None:
                 _exact_targets(x, targets[tile], head, rounded, logp[tile], shape)
-            if j is not None:
-                dx = z @ weight if weight is not None else Backward([head], z).dx
+            if j is not None and weight is not None:
+                weight.back(z, j[tile])
+            elif j is not None:
+                dx = Backward([head], z).dx
                 assert dx is not None
                 j[tile] = dx
         if j is not None:

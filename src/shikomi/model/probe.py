@@ -169,7 +169,7 @@ def _gap(lm: LanguageModel) -> str | None:
                 return f"hidden states of packed and separate rows differ by {gap:.2g}"
             scored = packed.scored
         else:
-            together, scored = lm._separate(packed)
+            together, scored = lm._separate(packed, packed.scored)
         ours = log_probabilities(together, scored, packed.targets, lm.head, lm.shape)
     gap = float((ours - alone).abs().max())
     return None if gap < 50 * tolerance else f"log-probabilities differ from the model's own head by {gap:.2g}"

@@ -18,7 +18,7 @@ class Preferences(NamedTuple):
     `needs` do not name may be None.
     """
 
-    logp: Tensor  # (N,) fp32, log-probability of each scored token of the completions
+    logp: Tensor  # (N,) fp32, of each scored token of the completions; empty where the objective needs values alone
     segment: Tensor  # (N,) int64, number of the completion in the micro-batch, 0 to S - 1, ascending
     chosen: Tensor  # (P,) int64, numbers of the chosen completions
     rejected: Tensor  # (P,) or (S - P,) int64, numbers of the rejected completions
@@ -64,7 +64,7 @@ class Objective(Protocol[RecordT]):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Which optional fields of the record it reads: ref_logp, prompt_logp, value, kl."""
+        """Which optional fields of the record it reads: ref_logp, prompt_logp, value, kl; {value}: it reads no logp."""
 
     def __call__(self, scored: RecordT, /) -> Outcome:
         """The method's equation on one micro-batch; additive over micro-batches."""

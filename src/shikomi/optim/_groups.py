@@ -12,6 +12,9 @@ Ratio = Callable[[str, nn.Parameter], float]
 ADAPTER_NAMES = ("base_model.model.", "prompt_embeddings", "embedding.weight", "transform.")
 """How the names of an adapter's parameters begin, PEFT's names; a full model's begin with its decoder or head."""
 
+HEADS = ("lm_head", "embed_out")
+EMBEDDINGS = ("wte", "wpe")  # those whose module name does not say "embed"
+
 LOW_RANK_B = ("lora_B", "lora_embedding_B")
 EMBEDDING_FACTORS = ("lora_embedding_A", "lora_embedding_B")
 
@@ -31,6 +34,16 @@ def grouped(
         {"params": params, "weight_decay": 0.0 if vectors else weight_decay, "ratio": r, "lr": learning_rate * r}
         for (vectors, r), params in sorted(found.items(), key=lambda item: item[0])
     ]
+
+
+def is_head(name: str) -> bool:
+    """Whether a trained tensor belongs to an output head."""
+    return any(part in HEADS for part in name.split(".")[-2:-1])
+
+
+def is_embedding(name: str) -> bool:
+    """Whether a trained tensor is an embedding of tokens or positions; a head that is tied to one is that one."""
+    return any("embed" in part or part in EMBEDDINGS for part in name.split(".")[-2:-1]) and not is_head(name)
 
 
 def same_rate(name: str, parameter: nn.Parameter) -> float:

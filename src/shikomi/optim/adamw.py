@@ -1,6 +1,9 @@
 """AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101), and LoRA+ (arXiv:2402.12354) as its parameter groups."""
 
-from typing import Annotated, ClassVar
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -8,7 +11,9 @@ from pydantic.dataclasses import dataclass
 from torch import nn
 
 from shikomi.errors import BadInput, Problem
+from shikomi.optim import _moments
 from shikomi.optim._groups import Ratio, grouped, loraplus, same_rate
+from shikomi.optim._places import Places
 
 
 @dataclass(frozen=True)
@@ -36,15 +41,37 @@ class AdamW:
             raise BadInput([Problem("loraplus_lr_embedding has no effect without loraplus_lr_ratio", fix=fix)])
 
     def build(
-        self, trained: dict[str, nn.Parameter], learning_rate: float, weight_decay: float
+        self, trained: dict[str, nn.Parameter], learning_rate: float, weight_decay: float, folder: Path | None = None
     ) -> torch.optim.Optimizer:
         """An optimizer over `trained`; weight decay goes to matrices only, not to norms and biases.
 
-        Raises BadInput for LoRA+ where no low-rank B is trained.
+        `folder` is the run's, for an optimizer that keeps state on disk. Raises BadInput for LoRA+ where no low-rank B
+        is trained.
         """
+        groups = self.groups(trained, learning_rate, weight_decay)
+        return torch.optim.AdamW(groups, fused=True, **self.defaults(learning_rate))
+
+    def groups(
+        self, trained: dict[str, nn.Parameter], learning_rate: float, weight_decay: float
+    ) -> list[dict[str, Any]]:
+        """Parameter groups, with the rates of LoRA+ where it is asked for."""
         ratio: Ratio = same_rate
         if self.loraplus_lr_ratio is not None:
             ratio = loraplus(trained, learning_rate, self.loraplus_lr_ratio, self.loraplus_lr_embedding)
-        groups = grouped(trained, learning_rate, weight_decay, ratio)
-        betas = (self.adam_beta1, self.adam_beta2)
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=self.adam_epsilon, fused=True)
+        return grouped(trained, learning_rate, weight_decay, ratio)
+
+    def defaults(self, learning_rate: float) -> dict[str, Any]:
+        """What the groups have in common."""
+        return {"lr": learning_rate, "betas": (self.adam_beta1, self.adam_beta2), "eps": self.adam_epsilon}
+
+    def state_bytes(self, shapes: Mapping[str, Sequence[int]]) -> int:
+        """Bytes of optimizer state for trained tensors of these shapes, wherever it is kept."""
+        return sum(_moments.state_bytes(math.prod(shape)) for shape in shapes.values())
+
+    def places(self, shapes: Mapping[str, Sequence[int]], device: str) -> Places:
+        """Where that state is, for a model on `device`."""
+        return Places(device=self.state_bytes(shapes))
+
+    def gradient_bytes(self, shapes: Mapping[str, Sequence[int]], micro_batches: int) -> int:
+        """Bytes of the gradients that exist together at most, in a step of so many micro-batches."""
+        return 4 * sum(math.prod(shape) for shape in shapes.values())

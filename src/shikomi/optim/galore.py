@@ -1,24 +1,22 @@
 """GaLore: AdamW whose moments live in a low-rank space of the gradient (Zhao et al. 2024, arXiv:2403.03507)."""
 
+import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass as plain_dataclass
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
-from torch.optim.adamw import adamw
 
 from shikomi.errors import BadInput, Problem
-from shikomi.optim._groups import ADAPTER_NAMES, grouped, same_rate
+from shikomi.optim import _moments
+from shikomi.optim._groups import ADAPTER_NAMES, grouped, is_embedding, is_head, same_rate
+from shikomi.optim._places import Places
 from shikomi.optim._subspace import Sides, back, low_rank_shape, project, sides_of, subspace
-
-HEADS = ("wte", "wpe", "lm_head")  # embeddings and heads whose module name does not say "embed"
-SMALLEST_8BIT = 4096  # elements below which bitsandbytes keeps a state in 32 bits
-BLOCK_8BIT = 256  # elements that share one scale, fixed in bitsandbytes
 
 
 class StateBytes(NamedTuple):
@@ -71,7 +69,7 @@ class GaLore:
     state_bits: Annotated[Literal[32, 8], Field(description="bits of a moment; 8 are block-wise, by bitsandbytes")] = 32
 
     def build(
-        self, trained: dict[str, nn.Parameter], learning_rate: float, weight_decay: float
+        self, trained: dict[str, nn.Parameter], learning_rate: float, weight_decay: float, folder: Path | None = None
     ) -> torch.optim.Optimizer:
         """An optimizer over `trained`; weight decay goes to matrices only.
 
@@ -101,32 +99,49 @@ class GaLore:
             groups.append({"params": [m.parameter for m in matrices], "weight_decay": weight_decay})
             groups.append({"params": [m.gradient for m in matrices], "stands_in": True})
         defaults = {"lr": learning_rate, "betas": (self.adam_beta1, self.adam_beta2), "eps": self.adam_epsilon}
-        maps = quantization_maps(next(iter(trained.values())).device) if self.state_bits == 8 else None
-        return ProjectedAdamW(groups, defaults, matrices, self.update_proj_gap, self.scale, maps)
+        eight_bit = None
+        if self.state_bits == 8:
+            eight_bit = _moments.EightBit(next(iter(trained.values())).device, "optim.state_bits: 32")
+        return ProjectedAdamW(groups, defaults, matrices, self.update_proj_gap, self.scale, eight_bit)
 
     def sides(self, name: str, shape: Sequence[int]) -> Sides:
         """On which sides a trained tensor is projected; () where it is not."""
-        module = name.split(".")[-2:-1]
-        outer = any("embed" in part or part in HEADS for part in module)
+        outer = is_embedding(name) or is_head(name)
         if len(shape) != 2 or (outer and not self.project_embeddings):
             return ()
         return sides_of(shape[0], shape[1], self.rank, self.proj_type)
+
+    def places(self, shapes: Mapping[str, Sequence[int]], device: str) -> Places:
+        """Where that state is."""
+        return Places(device=self.state_bytes(shapes).total)
+
+    def gradient_bytes(self, shapes: Mapping[str, Sequence[int]], micro_batches: int) -> int:
+        """Bytes of the gradients that exist together at most: all in full where a renewal waits for micro-batches."""
+        full = {name: 4 * math.prod(shape) for name, shape in shapes.items()}
+        if micro_batches > 1:
+            return sum(full.values())
+        low, others, largest = 0, 0, 0
+        for name, shape in shapes.items():
+            sides = self.sides(name, shape)
+            if sides:
+                low += 4 * math.prod(low_rank_shape(shape[0], shape[1], self.rank, sides))
+                largest = max(largest, full[name])
+            else:
+                others += full[name]
+        return low + others + largest
 
     def state_bytes(self, shapes: Mapping[str, Sequence[int]]) -> StateBytes:
         """Bytes of optimizer state for trained tensors of these shapes, beside those of AdamW in 32 bits."""
         counts = StateBytes(0, 0, 0, 0)
         for name, shape in shapes.items():
             sides = self.sides(name, shape)
-            moments = torch.Size(shape).numel()
-            plain = 8 * moments + 4  # two moments and the step
-            own = plain
+            moments, projection = torch.Size(shape).numel(), 0
+            plain = _moments.state_bytes(moments)
             if sides:
                 low = low_rank_shape(shape[0], shape[1], self.rank, sides)
-                own = 4 + 4 * self.rank * sum(shape[0] if side == "left" else shape[1] for side in sides)
+                projection = 4 * self.rank * sum(shape[0] if side == "left" else shape[1] for side in sides)
                 moments = low[0] * low[1]
-                own += 8 * moments
-            if self.state_bits == 8 and moments >= SMALLEST_8BIT:
-                own += 2 * (moments + 4 * -(-moments // BLOCK_8BIT)) - 8 * moments
+            own = projection + _moments.state_bytes(moments, self.state_bits)
             counts = StateBytes(
                 counts.projected + (own if sides else 0),
                 counts.projected_adamw + (plain if sides else 0),
@@ -147,29 +162,6 @@ class Matrix:
         self.seen = 0  # micro-batches of this step
 
 
-@plain_dataclass(frozen=True)
-class Maps:
-    """The values that bitsandbytes' 8-bit codes stand for, and its update."""
-
-    signed: Tensor
-    unsigned: Tensor
-    update: Callable[..., None]
-
-
-def quantization_maps(device: torch.device) -> Maps:
-    """What 8-bit states on `device` need of bitsandbytes; raises BadInput where it is not installed."""
-    try:
-        from bitsandbytes import functional
-    except ImportError as error:
-        fix = 'pip install "shikomi[quant]", or optim.state_bits: 32'
-        raise BadInput([Problem("`optim.state_bits: 8` needs bitsandbytes", found=str(error), fix=fix)]) from error
-    return Maps(
-        functional.create_dynamic_map(signed=True).to(device),
-        functional.create_dynamic_map(signed=False).to(device),
-        functional.optimizer_update_8bit_blockwise,
-    )
-
-
 class ProjectedAdamW(torch.optim.Optimizer):
     """AdamW over parameter groups, some of whose matrices are stepped in a low-rank space.
 
@@ -187,11 +179,11 @@ class ProjectedAdamW(torch.optim.Optimizer):
         matrices: Sequence[Matrix],
         update_proj_gap: int,
         scale: float,
-        maps: Maps | None,
+        eight_bit: _moments.EightBit | None,
     ):
         super().__init__(groups, {"weight_decay": 0.0, "micro_batches": 1, "stands_in": False, **defaults})
         self.matrices = {matrix.parameter: matrix for matrix in matrices}
-        self.update_proj_gap, self.scale, self.maps = update_proj_gap, scale, maps
+        self.update_proj_gap, self.scale, self.eight_bit = update_proj_gap, scale, eight_bit
         reference = weakref.ref(self)  # a hook must not keep the optimizer of a finished stage alive
 
         def collect(matrix: Matrix, parameter: Tensor) -> None:
@@ -273,24 +265,8 @@ class ProjectedAdamW(torch.optim.Optimizer):
     ) -> None:
         """Adds AdamW's update for `grad` to `target`, with the moments of `parameter`."""
         state = self.state[parameter]
-        maps = self.maps if grad.numel() >= SMALLEST_8BIT else None
+        eight_bit = self.eight_bit if grad.numel() >= _moments.SMALLEST else None
         if "step" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=grad.device)
-            for key in ("exp_avg", "exp_avg_sq"):
-                state[key] = torch.zeros_like(grad, dtype=grad.dtype if maps is None else torch.uint8)
-                if maps is not None:
-                    state[f"{key}_absmax"] = torch.zeros(-(-grad.numel() // BLOCK_8BIT), device=grad.device)
-        beta1, beta2 = group["betas"]
-        if maps is None:
-            adamw(
-                [target], [grad], [state["exp_avg"]], [state["exp_avg_sq"]], [], [state["step"]],
-                fused=True, amsgrad=False, beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=weight_decay,
-                eps=group["eps"], maximize=False,
-            )  # fmt: skip
-            return
-        state["step"] += 1
-        maps.update(
-            "adam", grad.contiguous(), target, state["exp_avg"], state["exp_avg_sq"], beta1, beta2, 0.0, 0.0,
-            group["eps"], int(state["step"]), group["lr"], maps.signed, maps.unsigned,
-            state["exp_avg_absmax"], state["exp_avg_sq_absmax"], weight_decay,
-        )  # fmt: skip
+            state.update(_moments.start(grad) if eight_bit is None else eight_bit.start(grad))
+        update = _moments.update if eight_bit is None else eight_bit.update
+        update(target, grad, state, group, weight_decay)

@@ -8,17 +8,18 @@ from pathlib import Path
 
 from shikomi.data.detect import Detected, detect
 from shikomi.data.sources import SPLIT_NAMES, rows
+from shikomi.plan.facts import ROWS
+from shikomi.plan.material import CHARACTERS_PER_TOKEN
 from shikomi.recipe import Source
 from shikomi.recipe.schema import LEARNING_RATE_ADAPTER, LEARNING_RATE_PREFERENCES
 from shikomi.recipe.template import starter_recipe
 
-CHARACTERS_PER_TOKEN = 4.0
 TOKENS_PER_TURN = 25  # what a chat template adds to a row
 TOKENS_OWN = 10  # of these, what is not the same beginning in every row: that is computed once for many rows
 VALIDATION_SHARE = 0.1
 ROWS_MEASURED = 1000
 PREFERENCES = {"preference": "dpo", "unpaired_preference": "kto"}  # the objective that is proposed for a format
-FEW_ROWS = 50  # below, splitting some off leaves too few to say anything
+ONE_PASS = 2000  # rows, from which on one pass is enough
 
 
 @dataclass(frozen=True)
@@ -40,16 +41,16 @@ def starter(file: Path, model: str, seconds_of: Callable[[int], float | None] | 
     """
     found = detect(file)
     tokens = estimated_tokens(found)
-    epochs = 3 if found.rows < 500 and not found.at_least else 2 if found.rows < 2000 and not found.at_least else 1
+    epochs = passes(found.rows)
     seconds = None if seconds_of is None else seconds_of(epochs * found.rows * (_own_tokens(found) + TOKENS_OWN))
     estimate = _estimate(found, tokens, epochs, seconds)
-    validation, test = _other_splits(file)
-    reasons = _reasons(found)
+    validation, test = other_splits(file)
+    reasons = reasons_of(found)
     share = None
-    if validation is None and test is None and found.rows >= FEW_ROWS:
+    if validation is None and test is None and found.rows >= ROWS.few:
         share = VALIDATION_SHARE
         reasons["validation"] = "this share of the rows is kept out of training, to evaluate on"
-    metrics, baselines = _comparison(found)
+    metrics, baselines = comparison(found)
     preferred = PREFERENCES.get(found.format)
     if preferred is not None:
         reasons["learning_rate"] = "a fortieth of that of supervised fine-tuning: higher, and good answers fade too"
@@ -67,11 +68,16 @@ def starter(file: Path, model: str, seconds_of: Callable[[int], float | None] | 
         objective=None if preferred is None else {"name": preferred, "beta": 0.1},
         metrics=metrics,
         baselines=baselines,
-        output_dir=f"runs/{_run_name(file)}",
+        output_dir=f"runs/{run_name(file)}",
         reasons=reasons,
         estimate=estimate,
     )
     return Starter(text, found, tokens, epochs, estimate)
+
+
+def passes(rows: int) -> int:
+    """Epochs over so many rows."""
+    return 3 if rows < ROWS.medium else 2 if rows < ONE_PASS else 1
 
 
 def estimated_tokens(found: Detected) -> int:
@@ -109,7 +115,7 @@ def _minutes(seconds: float) -> str:
     return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
 
 
-def _comparison(found: Detected) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def comparison(found: Detected) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Metrics and baselines for the kind of task; none for preferences, whose validation rows say enough."""
     if found.format in PREFERENCES:
         return (), ()
@@ -120,7 +126,7 @@ def _comparison(found: Detected) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return ("loss",), ("zero-shot",)
 
 
-def _other_splits(file: Path) -> tuple[Path | None, Path | None]:
+def other_splits(file: Path) -> tuple[Path | None, Path | None]:
     """Validation and test files of the same kind beside a `train.*`."""
     stem, suffix = file.name.partition(".")[0], file.name.partition(".")[2]
     if stem.lower() not in SPLIT_NAMES["train"] or not file.is_file():
@@ -132,7 +138,7 @@ def _other_splits(file: Path) -> tuple[Path | None, Path | None]:
     return found[0], found[1]
 
 
-def _reasons(found: Detected) -> dict[str, str]:
+def reasons_of(found: Detected) -> dict[str, str]:
     """The detector's sentences, each at the key it explains."""
     count = f"{'more than ' if found.at_least else ''}{found.rows:,} rows"
     if found.format != "columns":
@@ -143,11 +149,11 @@ def _reasons(found: Detected) -> dict[str, str]:
         reasons = {"train": count, "prompt": f"{prompt}; change the wording to say your task", "completion": completion}
     if found.labels and labels:
         reasons["labels"] = labels[0]
-    epochs = "few rows: several passes" if found.rows < 2000 and not found.at_least else "many rows: one pass is enough"
+    epochs = "few rows: several passes" if passes(found.rows) > 1 else "many rows: one pass is enough"
     return reasons | {"num_train_epochs": epochs}
 
 
-def _run_name(file: Path) -> str:
+def run_name(file: Path) -> str:
     """The file's name for runs/NAME; that of its folder where the file is called train."""
     stem = file.name.partition(".")[0]
     if stem.lower() in SPLIT_NAMES["train"] and file.absolute().parent.name:

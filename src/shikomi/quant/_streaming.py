@@ -51,21 +51,28 @@ class Files:
 
 
 def load_quantized(
-    folder: Path, config: Any, scheme: Scheme, storage: torch.dtype, dtype: torch.dtype, device: torch.device
+    folder: Path,
+    config: Any,
+    scheme: Scheme,
+    storage: torch.dtype,
+    dtype: torch.dtype,
+    device: torch.device,
+    passed_over: frozenset[str] = frozenset(),
 ) -> tuple[Any, list[str]]:
     """The causal language model of a folder with its linear maps stored by `scheme`; and sentences to print once.
 
     Embeddings, head, norms and biases are kept in `storage`; `dtype` is that of the arithmetic. `config` is the
-    folder's. Peak memory is the result and about twice the largest tensor; where transformers converts tensors on
-    loading (experts), the model is loaded whole first. A folder that bitsandbytes quantized is taken as it is. Raises
-    BadInput for one that is quantized in another way than `scheme` says.
+    folder's; its tensors named in `passed_over` are not read. Peak memory is the result and about twice the largest
+    tensor; where transformers converts tensors on loading (experts), the model is loaded whole first. A folder that
+    bitsandbytes quantized is taken as it is. Raises BadInput for one that is quantized in another way than `scheme`
+    says.
     """
     files = Files(folder)
     stored = stored_modules(files.files)
     config.__dict__.pop("quantization_config", None)  # the weights will be ours, not transformers' own
     model = _skeleton(config, storage)
     beside = {name for module, names in stored.items() for name in names if name != f"{module}.weight"}
-    where = _places(model, files, files.files.keys() - beside, storage)
+    where = _places(model, files, files.files.keys() - beside - passed_over, storage)
     if where is None:
         if stored:
             what = f"{folder}: the quantized weights of this model are not stored as it uses them"

@@ -1,32 +1,16 @@
 """FP4: 4-bit floating point with double quantization, as bitsandbytes has it; NF4 loses less (arXiv:2305.14314)."""
 
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar
 
-import torch
-from pydantic import Field
 from pydantic.dataclasses import dataclass
-from torch import Tensor
 
 from shikomi.quant import _bnb
+from shikomi.quant.nf4 import Nf4
 
 
 @dataclass(frozen=True)
-class Fp4:
+class Fp4(Nf4):
     """W = table[code] * absmax of its block; a code is a sign, two bits of exponent and one of mantissa."""
 
     name: ClassVar[str] = "fp4"
-
-    double_quant: Annotated[bool, Field(description="scales are stored in 8 bits: 4.13 bits per weight, not 4.5")] = (
-        True
-    )
-    block_size: Annotated[
-        Literal[32, 64, 128, 256, 512, 1024, 2048, 4096], Field(description="weights that share one scale")
-    ] = 64
-
-    @property
-    def bits(self) -> float:
-        return _bnb.bits(self.block_size, self.double_quant)
-
-    def quantize(self, weight: Tensor, device: torch.device) -> _bnb.FourBit:
-        """Raises BadInput where bitsandbytes is missing or does not serve the device."""
-        return _bnb.quantize(weight, "fp4", self.block_size, self.double_quant, device)
+    kind: ClassVar[_bnb.Kind] = "fp4"

@@ -18,6 +18,7 @@ class Nf4:
     """
 
     name: ClassVar[str] = "nf4"
+    kind: ClassVar[_bnb.Kind] = "nf4"
 
     double_quant: Annotated[bool, Field(description="scales are stored in 8 bits: 4.13 bits per weight, not 4.5")] = (
         True
@@ -32,4 +33,4 @@ class Nf4:
 
     def quantize(self, weight: Tensor, device: torch.device) -> _bnb.FourBit:
         """Raises BadInput where bitsandbytes is missing or does not serve the device."""
-        return _bnb.quantize(weight, "nf4", self.block_size, self.double_quant, device)
+        return _bnb.quantize(weight, self.kind, self.block_size, self.double_quant, device)

@@ -19,8 +19,8 @@ from shikomi.recipe.tree import Block, Items, tree_of
 PLANNED = {
     "adapter": (),
     "quant": (),
-    "objective": ("reward", "ppo", "grpo"),
-    "optim": ("paged",),
+    "objective": ("ppo", "grpo"),
+    "optim": (),
 }
 """Names that the design gives to components; one that has no file is said to be missing, not misspelt."""
 

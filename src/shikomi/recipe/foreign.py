@@ -110,7 +110,11 @@ OFF = "steps are not limited unless `max_steps` is given"
 BF16 = {True: "bf16", "auto": "auto", False: LeaveOut("`dtype` says it")}
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float": "fp32"}
 SCHEDULES = {"constant_with_warmup": "constant", "warmup_stable_decay": "wsd"}
-OPTIMIZERS = dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused"), "adamw") | {
+OPTIMIZERS: dict[Any, Any] = {
+    **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused"), "adamw"),
+    **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit"), "adamw_8bit"),
+    **dict.fromkeys(("paged_adamw", "paged_adamw_32bit"), "paged"),
+    "paged_adamw_8bit": {"name": "paged", "state_bits": 8},
     "galore_adamw": "galore",
     "galore_adamw_layerwise": "galore",
 }

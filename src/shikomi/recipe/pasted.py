@@ -127,8 +127,9 @@ class Pasted:
         if isinstance(ours, LeaveOut):
             self.leave_out(block, key, ours.reason)
         elif ours is not theirs:
-            self.note(block.place(key), f"`{key}: {shown(theirs)}` is read as `{key}: {shown(ours)}`")
-            block[key] = ours
+            where = block.place(key)
+            self.note(where, f"`{key}: {shown(theirs)}` is read as `{key}: {shown(ours)}`")
+            block[key] = tree_of(ours, where)
 
     def leave_out(self, block: Block, key: str, reason: str) -> None:
         where = block.place(key)

@@ -1,4 +1,4 @@
-"""The commented recipe that `init` writes: every key that matters first, each with the reason for its value."""
+"""The commented recipe that `init` and `advise` write: every key that matters first, each with its reason."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ COLUMN = 44  # where the comments beside short lines start
 
 REASONS = {
     "model": "alias, folder, hub id or file.gguf",
+    "quant": "the frozen model is stored in four bits",
     "adapter": "low-rank updates beside a frozen base; r is their rank",
     "prompt": "the columns of a row become the user's turn",
     "completion": "what the model learns to answer",
     "system": "the same system message before every prompt",
+    "format": "what the rows look like",
+    "train_on": "every token of a row is learned, the question too",
     "labels": "the only answers that count when accuracy is scored",
     "validation": "evaluated while training; never trained",
     "test": "for the comparison at the end; never used to choose anything",
@@ -44,6 +47,11 @@ def starter_recipe(
     labels: Sequence[str] | None = None,
     rows: int | None = None,
     r: int = 16,
+    quant: str | None = None,
+    adapter: dict[str, Any] | str | None = None,
+    format: str | None = None,
+    train_on: str | None = None,
+    stages: Sequence[tuple[str, Mapping[str, Any]]] = (),
     batch_size: int = 16,
     num_train_epochs: float = 1,
     learning_rate: float = 2e-4,
@@ -58,12 +66,17 @@ def starter_recipe(
     """A recipe in YAML with a comment for each key; `load_recipe` accepts it as it is.
 
     `rows` is the number of training rows, `estimate` the lines at the top (minutes, memory), `reasons` replaces the
-    comment of a key. Raises ValueError for a reason whose key is not in the recipe.
+    comment of a key. `stages` are (comment, keys) of each stage where there are several: then the objective, its
+    epochs and learning rate stand there. `adapter` replaces LoRA with rank `r`. Raises ValueError for a reason whose
+    key is not in the recipe.
     """
-    page = _Page({**REASONS, **(reasons or {})})
+    page = Page({**REASONS, **(reasons or {})})
     page.heading(estimate)
     page.key("model", model)
-    page.key("adapter", {"name": "lora", "r": r, "lora_alpha": 2 * r, "target_modules": "all-linear"})
+    if quant is not None:
+        page.key("quant", quant)
+    low_rank = {"name": "lora", "r": r, "lora_alpha": 2 * r, "target_modules": "all-linear"}
+    page.key("adapter", low_rank if adapter is None else adapter)
     page.gap()
     page.line("data:")
     if rows is not None:
@@ -73,8 +86,9 @@ def starter_recipe(
         page.off("validation", 0.05, "splits rows off that are evaluated while training", indent=2)
     for key, value in (("validation", validation), ("test", test)):
         page.optional(key, value)
-    for key, value in (("system", system), ("prompt", prompt), ("completion", completion)):
+    for key, value in (("format", format), ("system", system), ("prompt", prompt), ("completion", completion)):
         page.optional(key, value)
+    page.optional("train_on", train_on)
     if labels:
         page.words("labels", labels, indent=2)
     page.gap()
@@ -82,8 +96,11 @@ def starter_recipe(
         page.key("objective", dict(objective))
     page.key("max_length", max_length)
     page.key("batch_size", batch_size)
-    page.key("num_train_epochs", num_train_epochs)
-    page.key("learning_rate", learning_rate)
+    if stages:
+        page.stages(stages)
+    else:
+        page.key("num_train_epochs", num_train_epochs)
+        page.key("learning_rate", learning_rate)
     if metrics and (test is not None or validation is not None):
         page.gap()
         page.key("evaluate", {"metrics": list(metrics), "baselines": list(baselines)})
@@ -96,8 +113,8 @@ def starter_recipe(
     return page.text()
 
 
-class _Page:
-    """Lines of a recipe and the comments beside or above them."""
+class Page:
+    """Lines of a YAML file and the comments beside or above them; `reasons` are the comments by key."""
 
     def __init__(self, reasons: dict[str, str]) -> None:
         self.reasons = reasons
@@ -136,6 +153,18 @@ class _Page:
     def off(self, key: str, value: Any, reason: str, indent: int = 0) -> None:
         """A key that is commented out, to be switched on by deleting the #."""
         self.lines.append(f"{' ' * indent + f'# {key}: {_inline(value)}':<{COLUMN}}  # {reason}")
+
+    def item(self, values: Mapping[str, Any], indent: int) -> None:
+        """An item of a list, a key on each line."""
+        for i, (key, value) in enumerate(values.items()):
+            self.lines.append(" " * indent + ("- " if i == 0 else "  ") + f"{_inline(str(key))}: {_inline(value)}")
+
+    def stages(self, stages: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
+        """`stages`, each with its comment above it."""
+        self.line("stages:")
+        for reason, values in stages:
+            self.above(_clean(reason), 2)
+            self.item(values, 2)
 
     def words(self, key: str, values: Sequence[str], indent: int) -> None:
         """A list of words, over as many lines as it needs."""

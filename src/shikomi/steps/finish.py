@@ -8,6 +8,7 @@ import torch
 
 from shikomi.adapters.bottleneck import Bottleneck
 from shikomi.checkpoint.bottleneck_format import save_bottleneck
+from shikomi.checkpoint.classifier import pad_with
 from shikomi.checkpoint.merge import merge_weights, save_model
 from shikomi.checkpoint.peft_format import save_adapter
 from shikomi.model.files import ModelFiles
@@ -29,17 +30,13 @@ def save_final(lm: LanguageModel, recipe: Recipe, files: ModelFiles, folder: Pat
         return
     config, tensors = lm.attached.export()
     sources = ", ".join(Path(s.path).name for s in recipe.data.train)
-    save = save_bottleneck if isinstance(lm.attached.options, Bottleneck) else save_adapter
-    save(
-        folder,
-        config,
-        {name: tensor.cpu() for name, tensor in tensors.items()},
-        files.origin,
-        dtype=recipe.save_dtype,
-        revision=files.revision,
-        data=sources,
-        method=how,
-    )
+    moved = {name: tensor.cpu() for name, tensor in tensors.items()}
+    about = (folder, config, moved, files.origin, recipe.save_dtype, files.revision, sources, how)
+    score, pad = (None, None) if lm.scalar is None else (lm.scalar.weight.detach().cpu(), pad_with(lm))
+    if isinstance(lm.attached.options, Bottleneck):
+        save_bottleneck(*about, score)
+    else:
+        save_adapter(*about, score, pad)
     lm.tokenizer.save_pretrained(str(folder))
 
 

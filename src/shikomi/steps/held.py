@@ -14,8 +14,10 @@ from shikomi.model.files import ModelFiles, resolve
 from shikomi.model.language_model import LanguageModel
 from shikomi.model.load import load_model, stop_ids_of
 from shikomi.model.mount import Mount, Recorded, choose_base, mount, mounted
+from shikomi.model.task import check_policy
 from shikomi.recipe import Recipe, load_recipe
-from shikomi.steps.prepare import saved_adapter, scheme
+from shikomi.steps.prepare import scheme
+from shikomi.steps.saved import saved_adapter
 
 LENGTH = 1024  # tokens of the longest row that is expected where no recipe says it
 FIRST = "default"  # the name of the adapter that a model was opened with
@@ -69,8 +71,9 @@ class Held:
             found = f"its base is {files.origin}, and {self.files.origin} is loaded"
             fix = "open it by itself, or set base_model_name_or_path in adapter_config.json if that is the same model"
             raise BadInput([Problem("an adapter for another base", str(folder), found=found, fix=fix)])
+        check_policy(files, str(folder))
         options, tensors, _ = saved_adapter(files.adapter)
-        recipe, labels = _run_of(Path(folder))
+        recipe, labels = run_of(Path(folder))
         tokenizer = _tokenizer(self.lm, files, str(folder))
         before = self.active
         self._take_off()
@@ -122,7 +125,7 @@ class Held:
 
 def open_held(name: str | Path, files: ModelFiles, dtype: str, device: str) -> Held:
     """Loads a base with the adapter that `name` means, where it means one. Raises BadInput."""
-    recipe, labels = _run_of(Path(name))
+    recipe, labels = run_of(Path(name))
     recorded: Recorded | None = None
     tensors: dict[str, Tensor] = {}
     if files.adapter is not None:
@@ -171,7 +174,7 @@ def _part_of(
     return Part(mounted, tokenizer, encoder, stop_ids, recipe, labels)
 
 
-def _run_of(path: Path) -> tuple[Recipe | None, tuple[str, ...] | None]:
+def run_of(path: Path) -> tuple[Recipe | None, tuple[str, ...] | None]:
     """Recipe and label set of a run directory; of a folder that is none, nothing."""
     if not (path / "run.json").is_file():
         return None, None

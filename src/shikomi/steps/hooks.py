@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from shikomi.data.encode import Encoder
 from shikomi.evaluate.preferences import PreferenceTask, evaluate_preferences
 from shikomi.evaluate.run_eval import Task, evaluate
 from shikomi.model.language_model import LanguageModel
+from shikomi.optim._by_tensor import InTurn, TensorAdamW
 from shikomi.progress import Progress
 from shikomi.recipe.schema import Stage
 from shikomi.steps.memory import peak_memory_bytes
@@ -24,7 +26,8 @@ from shikomi.steps.writers import Writer
 from shikomi.train.state import Settings, State
 from shikomi.train.step import Plan
 
-SHOWN = ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins")  # of held-back preferences, on the console
+# Of held-back preferences, on the console.
+SHOWN = ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins", "eval_accuracy", "eval_margin")
 PREVIOUS = "previous"  # first part of the names under which a checkpoint keeps adapters of earlier stages
 
 
@@ -134,7 +137,9 @@ def kept_tensors(attached: Attached) -> dict[str, Tensor]:
 
 def checkpoint_tensors(lm: LanguageModel) -> dict[str, Tensor]:
     """What a checkpoint keeps of the model: what is trained now, and the adapters of earlier stages as they ended."""
-    mine = {n: p.detach() for n, p in lm.trainable().items()} if lm.attached is None else kept_tensors(lm.attached)
+    mine = {n: p.detach() for n, p in lm.trainable().items()}
+    if lm.attached is not None:
+        mine |= kept_tensors(lm.attached)
     earlier = {f"{PREVIOUS}.{i}.{n}": t for i, tensors in enumerate(lm.earlier) for n, t in tensors.items()}
     return mine | earlier
 
@@ -146,13 +151,13 @@ def restored_state(saved: dict[str, Any]) -> State:
     return State(**values)
 
 
-def optimizer_tensors(lm: LanguageModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def optimizer_tensors(lm: LanguageModel, optimizer: torch.optim.Optimizer) -> Mapping[str, Tensor]:
     """The optimizer's state by parameter name: {"exp_avg/name": ...}."""
     found = {}
     for name, parameter in lm.trainable().items():
         for key, value in optimizer.state.get(parameter, {}).items():
             found[f"{key}/{name}"] = value if isinstance(value, Tensor) else torch.tensor(value)
-    return found
+    return InTurn(found, optimizer) if isinstance(optimizer, TensorAdamW) else found
 
 
 def restore_optimizer(lm: LanguageModel, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
@@ -161,6 +166,9 @@ def restore_optimizer(lm: LanguageModel, optimizer: torch.optim.Optimizer, tenso
     for name, tensor in tensors.items():
         key, _, parameter = name.partition("/")
         target = trained[parameter]
+        if isinstance(optimizer, TensorAdamW):
+            optimizer.put(target, key, tensor)
+            continue
         kept = tensor.to(target.device).clone()
         if kept.shape == target.shape:  # the fused kernel takes state to lie in memory as its parameter does
             kept = torch.empty_like(target, dtype=kept.dtype, requires_grad=False).copy_(kept)

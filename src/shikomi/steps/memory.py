@@ -1,23 +1,13 @@
-"""Memory: what is free, what a stage will keep, what was used; and a plain bound before anything is loaded."""
+"""Memory: what is free, what a stage will keep, what was used."""
 
-import math
 import resource
-import shutil
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from shikomi.adapters._adapter import Adapter
-from shikomi.adapters.full import Full
-from shikomi.errors import BadInput, Problem
 from shikomi.model.language_model import LanguageModel
-from shikomi.optim.galore import GaLore
-from shikomi.recipe import build
-from shikomi.recipe.schema import Recipe, Stage
-
-IMPORTS = 400 << 20  # bytes that the interpreter and its libraries take
+from shikomi.recipe.schema import Stage
 
 
 def peak_memory_bytes() -> int:
@@ -26,6 +16,11 @@ def peak_memory_bytes() -> int:
     children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit
     own = _kilobytes(Path("/proc/self/status"), "VmHWM:")  # ru_maxrss begins at the parent's size on Linux
     return children + (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit if own is None else own * 1024)
+
+
+def own_memory_bytes() -> int:
+    """Bytes that this process has resident now; 0 where that cannot be told."""
+    return (_kilobytes(Path("/proc/self/status"), "VmRSS:") or 0) * 1024
 
 
 def peak_device_memory_bytes(device: torch.device) -> int | None:
@@ -105,52 +100,3 @@ def _kilobytes(table: Path, name: str) -> int | None:
     """A line of a table of the kernel, in kB; None where there is no such table or line."""
     lines = table.read_text().splitlines() if table.exists() else []
     return next((int(line.split()[1]) for line in lines if line.startswith(name)), None)
-
-
-def _optimizer_bytes(stage: Stage, trained: dict[str, tuple[int, ...]]) -> int:
-    """Bytes of gradients and optimizer state of a stage that trains tensors of these shapes."""
-    optim: Any = build("optim", stage.optim)
-    if isinstance(optim, GaLore):  # gradients are projected one by one
-        return optim.state_bytes(trained).total
-    return 12 * sum(math.prod(shape) for shape in trained.values())
-
-
-def stored_bytes(shapes: dict[str, tuple[int, ...]], bits: float) -> int:
-    """Bytes of the weights of these shapes with linear maps in `bits` per weight and the rest in bf16."""
-    dense = ("embed", "lm_head", "wte", "wpe")
-    few = sum(math.prod(s) for n, s in shapes.items() if len(s) == 2 and not any(d in n for d in dense))
-    return int(few * bits / 8 + 2 * (sum(math.prod(s) for s in shapes.values()) - few))
-
-
-def check_room(recipe: Recipe, adapter: Adapter, weight_bytes: int, shapes: dict[str, tuple[int, ...]]) -> int:
-    """A plain lower bound of the run's peak host memory in bytes; raises BadInput where memory or disk is short.
-
-    Weights as stored, and for full fine-tuning fp32 masters, gradients and the optimizer's state of what is trained;
-    activations are not counted. `shapes` are those of the model's tensors.
-    """
-    full = isinstance(adapter, Full)
-    need = IMPORTS + weight_bytes
-    saved = 50 << 20
-    if isinstance(adapter, Full):
-        names = adapter.trained_names(list(shapes))
-        trained = {name: shape for name, shape in shapes.items() if name in names}
-        total_parameters = sum(math.prod(shape) for shape in trained.values())
-        most = max(_optimizer_bytes(stage, trained) for stage in recipe.stages)
-        need += 4 * total_parameters + most
-        saved = 3 * (4 * total_parameters + most) + 2 * total_parameters
-    free = host_memory()
-    problems = []
-    if free is not None and need > free:
-        fix = "train with an adapter instead of adapter: full" if full else "choose a smaller model, or free memory"
-        found = f"at least {need / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free"
-        problems.append(Problem("not enough memory", found=found, fix=fix))
-    place = next(p for p in (recipe.output_dir, *recipe.output_dir.parents) if p.exists())
-    room = shutil.disk_usage(place).free
-    if saved > room:
-        found = f"at least {saved / 1e9:.1f} GB needed for checkpoints, {room / 1e9:.1f} GB free"
-        problems.append(
-            Problem("not enough disk", str(place), found=found, fix="choose another output_dir, or free space")
-        )
-    if problems:
-        raise BadInput(problems)
-    return need

@@ -2,21 +2,15 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from shikomi.adapters.dora import Dora
 from shikomi.adapters.full import Full
 from shikomi.adapters.lora import Lora
-from shikomi.adapters.prefix import Prefix
-from shikomi.adapters.prompt import Prompt
-from shikomi.checkpoint.bottleneck_format import is_bottleneck, load_bottleneck
-from shikomi.checkpoint.peft_format import load_adapter
 from shikomi.data.check import labels_of, load_conversations
 from shikomi.data.conversation import Conversation
 from shikomi.data.encode import Encoder
@@ -28,17 +22,19 @@ from shikomi.data.store import STORES, Store
 from shikomi.errors import BadInput, Problem
 from shikomi.evaluate.run_eval import Task, choose_metrics, sample_rows
 from shikomi.model.catalog import cache_root
-from shikomi.model.check import weight_shapes
 from shikomi.model.files import ModelFiles, resolve
 from shikomi.model.language_model import LanguageModel
 from shikomi.model.load import load_model
+from shikomi.model.task import Task as ModelTask
+from shikomi.plan.estimate import Rows
 from shikomi.progress import Progress
 from shikomi.quant.none import NoQuantization
 from shikomi.recipe import build
 from shikomi.recipe.schema import DataSpec, Recipe, Source, Stage
 from shikomi.registry import find
 from shikomi.steps.adapters import check_stages
-from shikomi.steps.memory import check_room, stored_bytes
+from shikomi.steps.heads import check_task, task_of
+from shikomi.steps.planned import Planned, check_lengths, check_room, measured_rows, plan_of
 from shikomi.steps.rows import (
     answers,
     check_metric,
@@ -50,6 +46,7 @@ from shikomi.steps.rows import (
     split,
     test_rows,
 )
+from shikomi.steps.saved import put_in, saved_adapter
 
 FEW_LABELS = 50  # distinct answers up to which a task without data.labels is scored as classification
 ROWS_FOR_SHOTS = 20_000  # training rows that the few-shot and majority baselines look at
@@ -78,6 +75,10 @@ class StageData:
         """Examples of optimizer step `step`, a function of the seed and the step alone."""
         return [self.store[int(i)] for i in self.steps.indices(step)]
 
+    def measured(self, stage: Stage, max_length: int) -> Rows:
+        """The rows in tokens, for the plan."""
+        return measured_rows(self.store, self.examples, stage, self.kind, self.total_steps, max_length)
+
     def largest(self, micro_batch_tokens: int, share_prefix: bool = True) -> list[Any]:
         """The fullest micro-batch that an optimizer step could hold: the longest rows, as many as fit."""
         tokens_of = len if share_prefix or self.kind == "conversations" else unshared_length
@@ -103,7 +104,12 @@ class Prepared:
     fingerprints: dict[str, str]
     adapter: Any  # the recipe's, or that of the adapter which is continued
     tensors: dict[str, Tensor] | None  # of the adapter which is continued
-    memory_bound: int  # bytes that the run needs at least
+    planned: Planned  # the memory that its stages will take
+
+    @property
+    def task(self) -> ModelTask:
+        """What the run makes: a model that answers, or one that gives values."""
+        return task_of(self.recipe)
 
     def train_rows(self) -> list[Conversation]:
         """Training rows as conversations, for the baselines that learn from them in the prompt."""
@@ -128,12 +134,12 @@ def prepare(recipe: Recipe, progress: Progress) -> Prepared:
     for note in files.notes:
         progress.note(note)
     adapter, tensors = _adapter(recipe, files, progress)
-    shapes = weight_shapes(files.folder, [])
-    stored = sum(p.stat().st_size for p in files.folder.glob("*.safetensors"))
-    quant = scheme(recipe)
-    stored = stored if quant is None else min(stored, stored_bytes(shapes, quant.bits))
+    scheme(recipe)
     check_stages(recipe, adapter)
-    bound = check_room(recipe, adapter, stored, shapes)
+    check_task(recipe, files, adapter)
+    alone = plan_of(recipe, files, adapter)
+    check_lengths(recipe, alone)
+    check_room(recipe, alone)  # before the data is read: what even one short row needs
     progress.phase("reading the data")
     tokenizer = _tokenizer(recipe, files)
     labels = _labels(recipe)
@@ -144,13 +150,16 @@ def prepare(recipe: Recipe, progress: Progress) -> Prepared:
     elif recipe.evaluate is not None and (last := _validation_rows(recipe, stages[-1], labels)):
         progress.note("no data.test: the comparison is on the validation rows")
         test = _task(recipe, stages[-1].encoder, labels, last)
+    rows = [d.measured(stage, recipe.max_length) for stage, d in zip(recipe.stages, stages, strict=True)]
+    planned = plan_of(recipe, files, adapter, rows)
+    check_room(recipe, planned)
     prints = {
         f"{i}.{role}.{s.path}": fingerprint(s, role)
         for i, stage in enumerate(recipe.stages)
         for role, sources in _sources(recipe.data_of(stage))
         for s in sources
     }
-    return Prepared(recipe, files, stages, test, labels, {**prints, "model": files.digest()}, adapter, tensors, bound)
+    return Prepared(recipe, files, stages, test, labels, {**prints, "model": files.digest()}, adapter, tensors, planned)
 
 
 def stage_data(recipe: Recipe, progress: Progress) -> tuple[StageData, ...]:
@@ -318,29 +327,10 @@ def build_model(recipe: Recipe, prepared: Prepared, progress: Progress) -> Langu
         recipe.new_tokens,
         str(files.tokenizer_folder),
         scheme(recipe),
+        prepared.task,
     )
-    if prepared.tensors is not None and lm.attached is not None:
-        lm.attached.load(prepared.tensors, str(files.adapter))
+    if prepared.tensors is not None:
+        put_in(lm, prepared.tensors, str(files.adapter))
     lm.origin = files.origin
     lm.stop_ids = sorted({*lm.stop_ids, *prepared.stages[0].encoder.stop_ids})
     return lm
-
-
-def saved_adapter(folder: Path) -> tuple[Any, dict[str, Tensor], list[str]]:
-    """Options, tensors and notes of an adapter folder, in PEFT's format or our own. Raises BadInput."""
-    if is_bottleneck(folder):
-        return load_bottleneck(folder)
-    loaded = load_adapter(folder)
-    return adapter_of(loaded.config), loaded.tensors, loaded.notes
-
-
-def adapter_of(config: dict[str, Any]) -> Any:
-    """The options of a saved adapter, from PEFT's config."""
-    tokens = int(config.get("num_virtual_tokens") or 0)
-    if config["peft_type"] == "PROMPT_TUNING":
-        start = config["prompt_tuning_init"]
-        return Prompt(tokens, start, config["prompt_tuning_init_text"] if start == "TEXT" else None)
-    if config["peft_type"] == "PREFIX_TUNING":  # the file has what the projection made, not the projection
-        return Prefix(tokens, init_weights=config["init_weights"])
-    kind = Dora if config.get("use_dora") else Lora
-    return kind(**{f.name: config[f.name] for f in fields(kind) if config.get(f.name) is not None})

@@ -82,9 +82,10 @@ def _holds_preferences(spec: DataSpec, sources: Sequence[Source]) -> bool:
 
 def check_metric(stage: Stage, kind: str) -> None:
     """Refuses to choose checkpoints by a score that held-back preferences do not give. Raises BadInput."""
-    if kind != "conversations" and stage.metric_for_best_model != "eval_loss":
+    given = ("eval_loss", "eval_accuracy") if stage.objective.name == "reward" else ("eval_loss",)
+    if kind != "conversations" and stage.metric_for_best_model not in given:
         what = f"metric_for_best_model: {stage.objective.name} is evaluated on preferences"
-        raise BadInput([Problem(what, found=stage.metric_for_best_model, allowed="eval_loss")])
+        raise BadInput([Problem(what, found=stage.metric_for_best_model, allowed=", ".join(given))])
 
 
 def check_precompute(stage: Stage, needs: frozenset[str]) -> None:

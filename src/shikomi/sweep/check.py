@@ -66,12 +66,12 @@ def check_sweep(sweep: Sweep, progress: Progress) -> Checked:
 
 def _prepared(recipe: Recipe) -> tuple[Planned, dict[str, str]]:
     prepared = prepare(recipe, Silent())
-    trained, total = count_parameters(str(prepared.files.folder), prepared.adapter)
+    trained, total = count_parameters(str(prepared.files.folder), prepared.adapter, prepared.task)
     prints = {f"{recipe.model if key == 'model' else key}": value for key, value in prepared.fingerprints.items()}
     prints |= {f"test.{source.path}": fingerprint(source, "test") for source in recipe.data.test or ()}
     steps = sum(stage.total_steps for stage in prepared.stages)
     tokens = sum(stage.store.report.tokens for stage in prepared.stages)
-    return Planned(trained, total, steps, tokens, prepared.memory_bound), prints
+    return Planned(trained, total, steps, tokens, prepared.planned.memory_bound), prints
 
 
 def _named(problem: Problem, names: Sequence[str], settings: int) -> Problem:

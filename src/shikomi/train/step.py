@@ -9,6 +9,7 @@ from torch import Tensor
 from shikomi.data.packing import Packed, micro_batches, pack
 from shikomi.data.pairs import PackedPreferences, mismatched, pack_pairs, pack_thumbs, unshared_length
 from shikomi.model.language_model import LanguageModel
+from shikomi.model.logprobs import Scored
 from shikomi.objectives._objective import Objective, Preferences, divided, preference_counts, preferences
 from shikomi.train.prepare import Given, Reference, prepare
 
@@ -101,7 +102,7 @@ class _Total:
 
     def add(self, lm: LanguageModel, objective: Objective[Any], plan: Plan, given: Given, index: int) -> Tensor:
         """The loss of one micro-batch, with autograd where it is enabled."""
-        outcome = objective(_record(lm, plan, given, index))
+        outcome = objective(_record(lm, objective.needs, plan, given, index))
         parts = divided(outcome.terms, plan.counts)
         loss = torch.stack(list(parts.values())).sum()
         shown = {"loss": loss, **(parts if len(parts) > 1 else {}), **divided(outcome.metrics, plan.counts)}
@@ -116,11 +117,19 @@ class _Total:
         return self.sums | {name: self.sums[a] - self.sums[b] for name, (a, b) in there.items()}
 
 
-def _record(lm: LanguageModel, plan: Plan, given: Given, index: int) -> Any:
-    """What the objective sees of a micro-batch: Scored, or Preferences."""
-    scored = lm.score(plan.micro[index])
+def _record(lm: LanguageModel, needs: frozenset[str], plan: Plan, given: Given, index: int) -> Any:
+    """What the objective sees of a micro-batch: Scored, or Preferences.
+
+    One that needs values alone costs no log-probabilities.
+    """
     if not plan.preferences:
-        return scored
+        return lm.score(plan.micro[index])
+    batch = plan.preferences[index]
+    if needs == {"value"}:
+        scored = Scored(torch.empty(0, device=lm.device), torch.empty(0, dtype=torch.int64, device=lm.device))
+    else:
+        scored = lm.score(batch.packed)
+    value = lm.values(batch.packed, batch.ends) if "value" in needs else None
     ref_logp = None if given.ref_logp is None else given.ref_logp[index]
-    record: Preferences = preferences(scored, plan.preferences[index], ref_logp, kl=given.kl)
+    record: Preferences = preferences(scored, batch, ref_logp, value, given.kl)
     return record

@@ -1,0 +1,1 @@
+"""What can be wrong with rows that can be read: one file for each family of checks, and the codes of all findings."""

@@ -1,0 +1,97 @@
+"""A reward model's run against TRL's RewardTrainer, and its adapter in PEFT over transformers' classifier."""
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from preference_rows import pairs, write
+from reward_models import by_transformers, conversations
+from running import tiny_recipe
+from tiny_models import save_tiny
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from trl import RewardConfig, RewardTrainer
+from trl_runs import BATCH, RATE, STEPS, TEMPLATE, as_messages, compare, ours
+
+from shikomi.inference import open_reward_model
+from shikomi.run import train
+
+ALIKE = {"fp32": (1e-4, 1e-5), "bf16": (1e-4, 1e-5)}
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SHIKOMI_CACHE", str(tmp_path / "cache"))
+
+
+def classifier(folder):
+    return AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """(model, adapter): PEFT's own adapter of a classifier, with B and the head moved off their start."""
+    folder = tmp_path_factory.mktemp("begun")
+    model = save_tiny(folder / "model")
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="SEQ_CLS", modules_to_save=["score"])
+    peft = get_peft_model(classifier(model), config)
+    for name, parameter in peft.named_parameters():
+        if "lora_B" in name or "modules_to_save" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    peft.save_pretrained(folder / "adapter")
+    return model, folder / "adapter"
+
+
+def peers(begun, folder, rows, **options) -> list[dict]:
+    model, adapter = begun
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = TEMPLATE
+    args = RewardConfig(
+        output_dir=str(folder), per_device_train_batch_size=BATCH, max_steps=STEPS, learning_rate=RATE,
+        lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0, max_grad_norm=1.0, logging_steps=1,
+        report_to=[], save_strategy="no", disable_tqdm=True, use_cpu=True, bf16=False, gradient_checkpointing=False,
+        train_sampling_strategy="sequential", **options,
+    )  # fmt: skip
+    made = RewardTrainer(
+        model=PeftModel.from_pretrained(classifier(model), str(adapter), is_trainable=True),
+        args=args,
+        train_dataset=Dataset.from_list([as_messages(row) for row in rows]),
+        processing_class=tokenizer,
+    )
+    made.train()
+    return [record for record in made.state.log_history if "loss" in record]
+
+
+def test_twelve_steps_are_those_of_trl(begun, tmp_path, cache):
+    rows = [row | {"margin": 0.25 * (i % 3)} for i, row in enumerate(pairs(STEPS * BATCH // 2))]  # two passes
+    keys = {"objective": {"name": "reward", "center_rewards_coefficient": 0.02}}
+    got = ours(begun, tmp_path / "a", rows, **keys)
+    again = ours(begun, tmp_path / "b", rows, micro_batch_tokens=8, share_prefix=False, **keys)
+    want = peers(begun, tmp_path / "trl", rows, center_rewards_coefficient=0.02)
+    compare(got, again, want, ("loss", "margin", "mean_reward", "grad_norm"))
+    assert [r["accuracy"] for r in got] == [r["accuracy"] for r in want]
+    plain = peers(begun, tmp_path / "plain", [{k: v for k, v in row.items() if k != "margin"} for row in rows])
+    assert abs(plain[0]["loss"] - want[0]["loss"]) > 0.01  # the margins are seen
+
+
+@pytest.mark.parametrize("save_dtype", ALIKE)
+@pytest.mark.parametrize("adapter", ["lora", "dora", "prompt"])
+def test_peft_gives_the_values(adapter, save_dtype, tiny_folder, tmp_path, cache):
+    model = tiny_folder("qwen3")  # a head of its own, which a classifier has not
+    rows = write(tmp_path / "pairs.jsonl", pairs())
+    options = {"num_virtual_tokens": 3} if adapter == "prompt" else {"r": 4, "lora_alpha": 8}
+    keys = {"objective": "reward", "learning_rate": 1e-2, "adapter": {"name": adapter, **options}}
+    train(tiny_recipe(model, rows, tmp_path / "run", save_dtype=save_dtype, **keys))
+    rm = open_reward_model(tmp_path / "run", dtype="fp32")
+    want = torch.tensor(rm.score(conversations()))
+    theirs = PeftModel.from_pretrained(classifier(model), str(tmp_path / "run" / "final"))
+    assert theirs.peft_config["default"].task_type == "SEQ_CLS"
+    assert "score" in theirs.peft_config["default"].modules_to_save
+    pad = AutoTokenizer.from_pretrained(tmp_path / "run" / "final").pad_token_id
+    theirs.config.pad_token_id = pad
+    one_by_one = [by_transformers(theirs, rm, [row], pad) for row in conversations()]
+    assert want.std() > 0.01
+    rtol, atol = ALIKE[save_dtype]
+    torch.testing.assert_close(torch.cat(one_by_one), want, rtol=rtol, atol=atol)
+    if adapter != "prompt":  # with embeddings instead of tokens transformers sees no padding
+        torch.testing.assert_close(by_transformers(theirs, rm, conversations(), pad), want, rtol=rtol, atol=atol)
