@@ -16,7 +16,7 @@ SOURCE = ROOT / "src" / "shikomi"
 # The line from a recipe to a report. A stage imports itself and what stands to its left.
 STAGES = (
     *("errors", "registry", "progress", "recipe", "data", "quant", "adapters", "model", "objectives", "optim"),
-    *("metrics", "rewards", "train", "checkpoint", "evaluate", "plan", "steps", "run", "inference", "sweep"),
+    *("metrics", "rewards", "train", "checkpoint", "evaluate", "plan", "doctor", "steps", "run", "inference", "sweep"),
     *("__init__", "demo", "commands", "cli"),
 )
 ROOT_MODULES = {"errors", "registry", "progress"}  # these three may see each other
@@ -180,7 +180,7 @@ def test_help_does_not_import_torch(arguments):
 
 
 def documents() -> list[Path]:
-    skip = {".venv", ".git", "runs", "build", "dist", "node_modules"}
+    skip = {".venv", ".git", ".cache", "runs", "build", "dist", "node_modules"}
     return [
         p
         for pattern in ("*.md", "*.yaml", "*.yml", "*.toml", "Makefile")

@@ -15,10 +15,9 @@ from typing import Annotated
 import typer
 
 from shikomi.commands.output import Json, emit, showing
-from shikomi.plan import doctor as checks
+from shikomi.doctor import checks, versions
+from shikomi.doctor.checks import Line, attempt
 from shikomi.plan import machine_facts as machine
-from shikomi.plan import versions
-from shikomi.plan.doctor import Line, attempt
 from shikomi.progress import Progress
 
 EXIT_BROKEN = 1
@@ -95,7 +94,7 @@ def _versions() -> list[Line]:
 
 
 def _import_torch() -> list[Line]:
-    import shikomi.plan.trials  # noqa: F401  imports torch, transformers and the engine
+    import shikomi.doctor.trials  # noqa: F401  imports torch, transformers and the engine
 
     return []
 
@@ -104,7 +103,7 @@ def _with_torch(cpu: machine.Cpu, progress: Progress) -> list[Line]:
     """Threads, arithmetic, GPU and 4-bit kernels."""
     import torch
 
-    from shikomi.plan import trials
+    from shikomi.doctor import trials
 
     progress.phase("measuring products of matrices")
     used, allowed = torch.get_num_threads(), machine.allowed_cpus()
@@ -134,7 +133,7 @@ def _training(quick: bool, progress: Progress) -> list[Line]:
     """A tiny model on the CPU, and on the GPU where there is one."""
     import torch
 
-    from shikomi.plan import trials
+    from shikomi.doctor import trials
 
     seconds = trials.QUICK_SECONDS if quick else trials.SECONDS
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from shikomi.adapters.lora import Lora
 from shikomi.data.packing import Example
+from shikomi.doctor.checks import SHIKOMI_EXTRA, Line
+from shikomi.doctor.versions import MINIMUM_DRIVER, MPS_BF16, OLD_GPUS
 from shikomi.model.device import Dtypes, choose_device, choose_dtypes
 from shikomi.model.load import wrap
 from shikomi.model.probe import choose_path
 from shikomi.objectives.sft import Sft
-from shikomi.plan.doctor import SHIKOMI_EXTRA, Line
-from shikomi.plan.versions import MINIMUM_DRIVER, MPS_BF16, OLD_GPUS
 from shikomi.progress import size
 from shikomi.quant import _bnb
 from shikomi.train.step import gradients, plan_step

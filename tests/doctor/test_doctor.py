@@ -9,10 +9,9 @@ from packaging.requirements import Requirement
 
 from shikomi.cli import main
 from shikomi.commands import doctor as command
-from shikomi.plan import doctor as checks
+from shikomi.doctor import checks, trials, versions
+from shikomi.doctor.checks import Line
 from shikomi.plan import machine_facts as machine
-from shikomi.plan import trials, versions
-from shikomi.plan.doctor import Line
 from shikomi.plan.machine_facts import Cpu, Limits, Memory, Volume
 
 GB = 10**9

@@ -13,8 +13,8 @@ from typing import Literal
 
 from packaging.requirements import Requirement
 
+from shikomi.doctor.versions import BAD_PAIRS, BadPair, known_to_be_bad, satisfies, unmet
 from shikomi.plan.machine_facts import Cpu, Limits, Memory, Volume
-from shikomi.plan.versions import BAD_PAIRS, BadPair, known_to_be_bad, satisfies, unmet
 from shikomi.progress import size
 
 Status = Literal["OK", "WARN", "FAIL"]
