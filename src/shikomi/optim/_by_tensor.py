@@ -1,5 +1,6 @@
 """AdamW one tensor at a time, with its state wherever a subclass keeps it."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -7,19 +8,19 @@ import torch
 from torch import Tensor
 
 
-class TensorAdamW(torch.optim.Optimizer):
+class TensorAdamW(torch.optim.Optimizer, ABC):
     """AdamW over parameter groups that updates one tensor after the other.
 
     State by parameter: step, exp_avg and exp_avg_sq, in 8 bits also *_absmax; `put` is how saved state comes back.
     """
 
+    @abstractmethod
     def start(self, parameter: Tensor) -> dict[str, Tensor]:
         """State of a parameter that has not been updated, at its place."""
-        raise NotImplementedError
 
+    @abstractmethod
     def update(self, parameter: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
         """One step of one parameter."""
-        raise NotImplementedError
 
     def leave(self) -> None:
         """Called when the state of a tensor is not needed for now."""
