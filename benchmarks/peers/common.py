@@ -58,9 +58,7 @@ def lora(args: argparse.Namespace) -> LoraConfig | None:
     if args.adapter:
         return None
     targets = args.targets if args.targets == "all-linear" else args.targets.split(",")
-    return LoraConfig(
-        r=args.r, lora_alpha=2 * args.r, lora_dropout=0.0, target_modules=targets, task_type="CAUSAL_LM"
-    )
+    return LoraConfig(r=args.r, lora_alpha=2 * args.r, lora_dropout=0.0, target_modules=targets, task_type="CAUSAL_LM")
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:

@@ -313,7 +313,8 @@ TENSORS = {"prompt_embeddings": torch.zeros(5, 64)}
     [
         (PREFIX_FILE | {"modules_to_save": ["lm_head"]}, TENSORS, r"more beside them.*modules_to_save=\['lm_head'\]"),
         (PREFIX_FILE | {"num_transformer_submodules": 2}, TENSORS, "num_transformer_submodules=2; allowed: 1"),
-        (PREFIX_FILE | {"task_type": "SEQ_CLS"}, TENSORS, "another task: found task_type 'SEQ_CLS'"),
+        (PREFIX_FILE | {"task_type": "TOKEN_CLS"}, TENSORS, "another task: found task_type 'TOKEN_CLS'"),
+        (PREFIX_FILE | {"task_type": "SEQ_CLS"}, TENSORS, "allowed: prompt_embeddings, base_model.score.weight"),
         ({"peft_type": "PREFIX_TUNING"}, TENSORS, "num_virtual_tokens is missing"),
         (PREFIX_FILE | {"num_virtual_tokens": 0}, TENSORS, "wrong value for num_virtual_tokens: found 0"),
         (PREFIX_FILE | {"num_virtual_tokens": 6}, TENSORS, "another number of rows than .* found 5; allowed: 6"),

@@ -226,7 +226,7 @@ def test_an_adapter_name_inside_the_names_is_taken_out(tmp_path):
     [
         ({"peft_type": "IA3"}, "another method: found peft_type 'IA3'; allowed: LORA"),
         ({"r": 8}, "found peft_type None; allowed: LORA"),
-        ({"peft_type": "LORA", "task_type": "SEQ_CLS"}, "another task: found task_type 'SEQ_CLS'; allowed: CAUSAL_LM"),
+        ({"peft_type": "LORA", "task_type": "TOKEN_CLS"}, "found task_type 'TOKEN_CLS'; allowed: CAUSAL_LM, SEQ_CLS"),
         ({"peft_type": "LORA", "use_qalora": True}, "not supported: found use_qalora=True"),
         ({"peft_type": "LORA", "target_parameters": ["experts.w"]}, "found target_parameters="),
         ({"peft_type": "LORA", "init_lora_weights": "pissa_niter_4"}, "initialisation changed: .*pissa_niter_4"),

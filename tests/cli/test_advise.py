@@ -39,7 +39,7 @@ def test_json_is_one_object_with_ranges(rows, capsys):
     assert (found["outcome"], found["then"], found["task"]) == ("lora", [], "classification")
     for key in ("peak_memory_bytes", "seconds", "cost"):
         assert 0 < found[key]["low"] <= found[key]["likely"] <= found[key]["high"], key
-    assert found["cost"]["currency"] == "JPY" and found["usual_cost_usd"] == [10, 100]
+    assert found["currency"] == "JPY" and found["usual_cost_usd"] == [10, 100]
     assert [reason["rule"] for reason in found["reasons"]][:2] == ["prompt-falls-short", "enough-to-train"]
 
 
@@ -59,6 +59,7 @@ def test_a_missing_answer_is_an_error_off_a_terminal_and_yes_takes_defaults(rows
         (["--prompt-solves", "--examples-solve"], "give one of them"),
         (["--machine", "rtx-40900", "--yes"], "unknown machine"),
         (["--currency", "gold", "--yes"], "unknown currency"),
+        (["--price", "-1", "--yes"], "--price is no price"),
         (["--data", "90", "--run-baseline", "--yes"], "needs rows to measure on"),
     ],
 )

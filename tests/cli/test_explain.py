@@ -51,7 +51,9 @@ def every_objective() -> set[str]:
 def numbers(value: object, path: tuple[str, ...] = ()) -> set[str]:
     """Keys under which JSON holds a number or null, without those whose names are a user's: files, metrics, labels."""
     if isinstance(value, dict):
-        own = {"files", "formats", "versions", "details", "examples", "places", "samples"}
+        own = {"files", "formats", "versions", "details", "examples", "places", "samples", "components"}
+        if value.keys() == {"low", "likely", "high"}:
+            return {path[-1], *value}
         return set().union(set(), *(numbers(v, (*path, k)) for k, v in value.items() if k not in own))
     if isinstance(value, list) and value and isinstance(value[0], dict):
         return set().union(*(numbers(v, path) for v in value))
@@ -105,7 +107,7 @@ def test_every_count_of_a_data_report_has_an_entry():
 def test_nothing_is_explained_that_no_run_writes(run):
     """An entry of a number that was renamed or removed would go on telling what is no longer so."""
     elsewhere = {"label_nll", "memory_bound_bytes", "entropy"}  # test_outcomes.json, --dry-run; said to be absent
-    elsewhere |= {"accuracy", "macro_f1", "peak_device_memory_bytes"}
+    elsewhere |= {"accuracy", "macro_f1", "peak_device_memory_bytes", "recompute", "cost"}  # `plan --json`
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     written = every_objective() | numbers(records, ("",)) | numbers(json.loads((run / "result.json").read_text()))
     written |= set(PreferenceReport().as_dict()) | set(registry.names("metrics")) | elsewhere

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 from planted_defects import EXAMPLES, SETS
 
+from shikomi.data import checkup as checkup_module
 from shikomi.data.checkup import checkup
 from shikomi.data.copies import SIMILAR
 from shikomi.data.encode import Encoder
-from shikomi.data.findings import characters, private
+from shikomi.data.findings import characters, private, sampling
 from shikomi.data.findings._finding import PLACES_KEPT, Findings, excerpt
 from shikomi.data.findings._texts import Reader
 from shikomi.data.findings.answers import AnswerChecks, is_placeholder
@@ -381,6 +382,15 @@ def test_one_prompt_with_two_answers_and_copies_by_white_space(tmp_path):
     assert codes_of(tmp_path, rows) == {"D201": [3, 5], "D203": [4]}
 
 
+def test_several_answers_to_one_prompt_are_no_copies_where_they_are_judged(tmp_path):
+    prompt = "which part of this long sentence about the quick brown fox and the lazy dog was changed"
+    judged = [{"prompt": prompt, "completion": f"part {n}", "label": bool(n % 2)} for n in range(6)]
+    assert codes_of(tmp_path, judged, "thumbs") == {}
+    near = {**judged[0], "prompt": prompt.replace("quick", "slow") + " and where is it now and why is it there at all"}
+    other = {**near, "prompt": near["prompt"].replace("all", "last")}
+    assert codes_of(tmp_path, [*judged, near, other], "thumbs").get("D202") == [8]
+
+
 def test_csv_lines_and_columns_are_named(tmp_path):
     path = tmp_path / "rows.csv"
     with path.open("w", encoding="utf-8", newline="") as file:
@@ -413,6 +423,29 @@ def test_lengths_are_exact_with_a_tokenizer_and_said_to_be_estimates_without(tmp
     assert "estimated" in guessed["unit"] and guessed["total"] == sum(
         -(-len(r["prompt"]) // 4) - (-len(r["completion"]) // 4) for r in rows
     )
+
+
+def test_of_very_many_rows_some_stand_for_others(tmp_path, make_tokenizer, monkeypatch):
+    monkeypatch.setattr(sampling, "FIRST_ROWS", 20)
+    monkeypatch.setattr(sampling, "_TEMPLATE_BYTES", 60)
+    monkeypatch.setattr(checkup_module, "BATCH", 8)
+    encoder = Encoder(make_tokenizer("gemma"), max_length=200)
+    rows = [qa(f"question {n:03d}", f"the answer {n:03d}") for n in range(120)]
+    for n in (50, 51, 77):
+        rows[n]["completion"] = "word " * 250
+    for n in (60, 61, 90):
+        rows[n]["system"] = "which this template refuses"
+    spec = DataSpec(train=(jsonl(tmp_path / "rows.jsonl", rows),))
+    every = checkup(spec, encoder=encoder)
+    places = {f.code: [p.line for p in f.places] for f in every.findings}
+    assert places == {"D112": [61, 62, 91], "D701": [51, 52, 78], "D807": [51, 52, 78]}
+    assert any("tokens were counted in" in note for note in every.notes)
+    monkeypatch.setattr(sampling, "FIRST_ROWS", 120)
+    whole = checkup(spec, encoder=encoder)
+    assert not any("tokens were counted in" in note for note in whole.notes)
+    assert every.lengths["cut_at"]["200"]["rows"] == whole.lengths["cut_at"]["200"]["rows"] == 3
+    for key in ("total", "trained", "mean"):
+        assert every.lengths[key] == pytest.approx(whole.lengths[key], rel=0.05)
 
 
 def test_pairs_that_are_the_same_up_to_max_length(tmp_path, make_tokenizer):

@@ -295,11 +295,11 @@ def test_rows_of_one_prompt_stay_on_one_side(tmp_path, scan, more):
     assert len(prompts[0]) == 9 and len(prompts[1]) == 3 and not prompts[0] & prompts[1]
 
 
-def test_prompts_of_other_splits_that_were_trained_are_named(tmp_path, encoder):
+def test_prompts_of_other_splits_that_were_trained_are_named(tmp_path):
     sentence = "which part of the long sentence number {} about the quick brown fox is it that was changed here"
     train = jsonl(tmp_path / "train.jsonl", [pair(sentence.format(n)) for n in ("one", "two")])
     test = jsonl(tmp_path / "test.jsonl", [pair(sentence.format(n)) for n in ("one", "TWO,", "three")] + [pair("new")])
-    found = checkup(DataSpec(train=(train,), test=(test,)), "pairs", encoder)
+    found = checkup(DataSpec(train=(train,), test=(test,)), "pairs")
     places = {f.code: [(place.file, place.line) for place in f.places] for f in found.findings}
     assert places["D301"] == [(test.path, 1)] and places["D302"] == [(test.path, 2), (test.path, 3)]
     assert set(places) <= {"D202", "D301", "D302"}

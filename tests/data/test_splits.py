@@ -119,7 +119,8 @@ def test_near_copies_tie_the_groups_they_are_in(split):
     tied = [{"prompt": sentence(50), "who": 0}, {"prompt": f"{text} first", "who": 0}]
     tied += [{"prompt": sentence(51), "who": 1}, {"prompt": f"{text} second", "who": 1}]
     given = [{"completion": f"tied {i}", **row} for i, row in enumerate(tied)] + rows(30, who=lambda i: i + 2)
-    sides, _ = split(given, {"validation": 0.3}, group="who")
+    sides, report = split(given, {"validation": 0.3}, group="who")
+    assert report.linked == {"group": 2, "near": 1}
     assert sorted(sum(row["who"] < 2 for row in found) for found in sides.values()) == [0, 4]
 
 

@@ -163,7 +163,8 @@ def test_nearer_to_the_reference_is_better(name):
 def test_a_function_of_the_users_ranks(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(
-        "from dataclasses import dataclass\n@dataclass\nclass Weight:\n    of: float = 2.0\n"
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        "@dataclass\nclass Weight:\n    of: float = 2.0\n"
         "def score(prompt, answers, row):\n    return [Weight().of * len(a) + row['bonus'] for a in answers]\n"
         "def short(prompt, answers, row):\n    return [1.0]\n"
         "def broken(prompt, answers, row):\n    return 1 / 0\n"

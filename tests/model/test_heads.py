@@ -19,6 +19,7 @@ from shikomi.model.heads import SCORE, classifier_of, fresh_head
 from shikomi.model.load import count_parameters, load_model, wrap
 from shikomi.model.probe import choose_path
 from shikomi.model.task import check_policy, check_reward_model, task_of_files
+from shikomi.quant.nf4 import Nf4
 
 CLASSIFIERS = [name for name in SPECS if name != "lfm2"]  # transformers has no classifier of LFM2
 
@@ -41,9 +42,9 @@ def answers() -> list[Thumb]:
 def test_values_are_those_of_the_classifier_of_transformers(name):
     base, lm = build(name), reward_model(name)
     assert lm.path == EXPECTED[name]
-    config = type(base.config).from_dict(base.config.to_dict() | {"num_labels": 1})
-    theirs = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32).eval()
-    dropped = classifier_of(base.config).dropped
+    _, dropped = classifier_of(base.config)
+    base.config.num_labels = 1
+    theirs = AutoModelForSequenceClassification.from_config(base.config, dtype=torch.float32).eval()
     weights = {n: t for n, t in base.state_dict().items() if n not in dropped} | {SCORE: lm.scalar.weight.detach()}
     assert not theirs.load_state_dict(weights, strict=False).unexpected_keys
     rows = answers()
@@ -64,7 +65,8 @@ def test_a_fresh_head_is_normal_with_the_models_own_deviation_and_of_the_seed():
     wide = type(config).from_dict(config.to_dict() | {"hidden_size": 4096, "initializer_range": 0.3})
     head = fresh_head(wide, 1, CPU)
     assert head.weight.shape == (1, 4096) and head.weight.dtype == torch.float32
-    assert float(head.weight.std()) == pytest.approx(0.3, rel=0.05) and abs(float(head.weight.mean())) < 0.03
+    assert float(head.weight.detach().std()) == pytest.approx(0.3, rel=0.05)
+    assert abs(float(head.weight.detach().mean())) < 0.03
     assert torch.equal(head.weight, fresh_head(wide, 1, CPU).weight)
     assert not torch.equal(head.weight, fresh_head(wide, 2, CPU).weight)
 
@@ -104,6 +106,12 @@ def test_the_head_for_tokens_is_no_part_of_a_reward_model(adapter, tiny_folder):
     assert not any("lm_head" in name for name in reward.trainable())
     assert count_parameters(str(folder), adapter, "reward") == (reward.trainable_parameters, reward.total_parameters)
     assert any("a fresh score.weight, normal with deviation 0.2" in note for note in reward.notes)
+
+
+def test_a_base_in_few_bits_is_read_without_its_head_for_tokens(tiny_folder):
+    lm = load_model(str(tiny_folder("qwen3")), Lora(r=2), "fp32", "cpu", quant=Nf4(), task="reward")
+    assert lm.scalar is not None and not any("loaded whole" in note for note in lm.notes)
+    assert lm.head.weight is lm.model.get_input_embeddings().weight
 
 
 def test_an_adapter_on_the_head_for_tokens_is_refused(tiny_llama):

@@ -228,3 +228,23 @@ def test_paged_is_bitsandbytes_and_its_state_goes_back_into_managed_memory(bits,
 def test_eight_bits_without_bitsandbytes_name_the_way_out(no_bitsandbytes):
     with pytest.raises(BadInput, match=r"bitsandbytes, which is not installed.*shikomi\[quant\].*optim: adamw"):
         AdamW8bit().build(parameters(), 1e-2, 0.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [Offload(), Paged(), Paged(state_bits=8), AdamW8bit()], ids=str)
+def test_on_a_gpu_state_is_elsewhere_and_the_steps_are_adamws(options):
+    """Not run where this was written: there was no GPU."""
+    device = torch.device("cuda")
+    plain, moved = ({n: nn.Parameter(p.detach().to(device)) for n, p in parameters().items()} for _ in range(2))
+    reference, optimizer = AdamW().build(plain, 1e-2, 0.1), options.build(moved, 1e-2, 0.1)
+    for step in range(4):
+        for trained, one in ((plain, reference), (moved, optimizer)):
+            gradients(trained, step)
+            for p in trained.values():
+                p.grad = p.grad.to(device)
+            one.step()
+    exact = isinstance(options, Offload)
+    for name in SHAPES:
+        torch.testing.assert_close(plain[name], moved[name], rtol=0 if exact else 1e-2, atol=0 if exact else 5e-3)
+    if exact:
+        assert {t.device.type for name, t in kept(optimizer, moved).items() if not name.startswith("step/")} == {"cpu"}

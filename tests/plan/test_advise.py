@@ -215,6 +215,8 @@ def test_many_stages_run_in_one_recipe(folder, tiny_llama, tmp_path, monkeypatch
         assert recipe.data_of(recipe.stages[1]).prompt is not None
         values = run_once(draft.text, tmp_path / adapter)
         assert [stage["name"] for stage in values["stages"]] == ["pretrain", "sft", "dpo"]
+        full = (tmp_path / adapter / "run" / "final" / "model.safetensors").exists()
+        assert full == (adapter == "full")
     from_rows = recipe_draft(
         ("pretrain", "dpo"), "lora", given(folder, "summarisation", "rows", "pairs"), str(tiny_llama)
     )
@@ -301,6 +303,8 @@ def test_the_plan_says_what_fits_and_what_it_costs(folder, tiny_llama):
     assert not fits("lora") and fits("qlora")
     assert not Expecting("rtx-4090").room(Case("qwen3-8b", there))("full")
     assert not Expecting("rtx-4090", budget=0.0).room(Case("qwen3-8b", there))("lora"), "no money"
+    dear = Expecting("rtx-4090", price=1000.0).of(recipe_draft(("lora",), "lora", there, "qwen3-8b"))
+    assert dear.cost.likely == pytest.approx(1000 * dear.seconds.likely / 3600)
     counts = materials([("rows", "2000")])
     later = Expecting("rtx-4090").of(recipe_draft(("lora",), "lora", counts, "qwen3-8b"))
     assert later.seconds.likely > small.seconds.likely and any("not there yet" in note for note in later.notes)
@@ -319,6 +323,6 @@ def test_titles_name_the_weights():
     assert titles(("pretrain", "full", "dpo"), "full") == [
         "continued pre-training (full fine-tuning)",
         "full fine-tuning",
-        "DPO (LoRA)",
+        "DPO (full fine-tuning)",
     ]
     assert titles(("rlhf",), "lora") == [OUTCOMES["rlhf"].title] and set(NOT_BUILT) == {"rlhf"}

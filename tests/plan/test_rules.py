@@ -89,7 +89,7 @@ def cells():
                 yield pytest.param(name, rule, column, id=f"{rule.name}-{column}")
 
 
-@pytest.mark.parametrize("question, rule, column", cells())
+@pytest.mark.parametrize("question, rule, column", list(cells()))
 def test_a_cell_decides(question, rule, column):
     """Some case fires the rule, and it no longer does once this one fact has a value outside of the cell."""
     for facts in CASES:
@@ -222,7 +222,7 @@ def test_the_page_shows_every_rule_and_every_way(repository):
     nodes = set(re.findall(r"^  (\w+)[{\[]", tree, re.M))
     assert {end for edge in edges for end in edge} == nodes
     for name, question in TABLE.items():
-        table = page.split(f"### {question.text}\n")[1].split("###")[0]
+        table = page.split(f"### {question.text}\n")[1].split("\n##")[0]
         assert [row for row in re.findall(r"^\| `([\w-]+)`", table, re.M)] == [rule.name for rule in question.rules]
         assert f'{name}{{"{question.text}"}}' in tree
     for levels in LEVELS.values():

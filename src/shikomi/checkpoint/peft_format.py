@@ -160,9 +160,10 @@ def load_adapter(folder: Path) -> Adapter:
 
 def _virtual_tokens(weights: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
     tensors = read_safetensors(weights)
-    if tensors.keys() != ({VIRTUAL, BESIDE_VIRTUAL} if config["task_type"] == SEQ_CLS else {VIRTUAL}):
+    wanted = [VIRTUAL, BESIDE_VIRTUAL] if config["task_type"] == SEQ_CLS else [VIRTUAL]
+    if tensors.keys() != set(wanted):
         found, what = ", ".join(sorted(tensors)), "not the tensors of virtual tokens"
-        raise BadInput([Problem(what, str(weights), found=found, allowed=VIRTUAL)])
+        raise BadInput([Problem(what, str(weights), found=found, allowed=", ".join(wanted))])
     rows, tokens = len(tensors[VIRTUAL]), config["num_virtual_tokens"]
     if rows != tokens:
         what = f"{VIRTUAL} has another number of rows than {CONFIG} has num_virtual_tokens"

@@ -72,6 +72,7 @@ def advise(
     budget: Annotated[float | None, typer.Option(min=0, help="Most to spend, in --currency.")] = None,
     machine: Annotated[str | None, typer.Option(help="Where it will run; absent: this machine.")] = None,
     currency: Annotated[str, typer.Option(help="Of the costs: USD, JPY, EUR ...")] = "USD",
+    price: Annotated[float | None, typer.Option(help="US dollars an hour; absent: by the table of prices.")] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Ask nothing: take stated defaults.")] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="The recipe or prompt.yaml to write.")] = None,
     force: Annotated[bool, typer.Option(help="Write over an existing file.")] = False,
@@ -101,7 +102,7 @@ def advise(
 
         model = loadable(model)
         case = Case(model, materials(given), answers, shots=shots, seed=seed)
-        expecting = Expecting(machine, currency.upper(), budget)
+        expecting = Expecting(machine, currency.upper(), budget, price)
         expecting.check()
         if run_baseline:
             family = known_answers(case)["family"].value if "family" in known_answers(case) else "chatbot"

@@ -80,6 +80,7 @@ def check(
         if html is not None:
             from shikomi.commands.data_check_page import as_page
 
+            html.parent.mkdir(parents=True, exist_ok=True)
             html.write_text(as_page(Path(source).name, found, notes), encoding="utf-8")
     code = EXIT_BAD_INPUT if any(checked.errors for _, checked in found) else 0
     if as_json:

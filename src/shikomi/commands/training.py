@@ -219,5 +219,6 @@ def show_result(folder: Path, values: Mapping[str, Any]) -> None:
     report = folder / "report.html"
     if report.exists():
         print(f"report:   {short_path(report)}")
-    print(f"use it:   {command_line('generate', folder, 'Some text')}")
+    use = ("eval", folder, "pairs.jsonl") if values.get("task") == "reward" else ("generate", folder, "Some text")
+    print(f"use it:   {command_line(*use)}")
     print(f"further:  {command_line('resume', folder)} num_train_epochs=...")

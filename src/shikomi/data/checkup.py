@@ -20,6 +20,7 @@ from shikomi.data.findings.formats import FormatProblems
 from shikomi.data.findings.labels import Labels
 from shikomi.data.findings.languages import Languages
 from shikomi.data.findings.preferences import Preferences
+from shikomi.data.findings.sampling import Sample
 from shikomi.data.preference_scan import PairPass, ThumbPass
 from shikomi.data.preferences import Judgement, Preference
 from shikomi.data.scan import BATCH, Item, Pass, Scan, placed
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from shikomi.recipe import DataSpec, Source
 
 
-_Rows = list[tuple[Item[Any], Texts]]
+_Rows = list[tuple[Item[Any], Texts, int]]  # the last is how many rows it stands for
 _Measuring = tuple[_Rows, "Future[list[lengths.Measured | BadInput]]"]
 
 
@@ -147,6 +148,7 @@ class _State:
         self._languages, self._copies = Languages(), Copies()
         self._labels, self._preferences = Labels(spec.labels), Preferences()
         self._lengths = lengths.Lengths(encoder, max_length)
+        self._sample = Sample(max_length)
         self._out = Checkup()
 
     def read(self, role: str, sources: Sequence[Source], labels: tuple[str, ...] | None, progress: Progress) -> None:
@@ -160,7 +162,8 @@ class _State:
                 texts = [reader.read(item) for item in batch]
                 kept = [pair for pair in zip(batch, texts, strict=True) if self._look(*pair, role)]
                 if role == "train":
-                    waiting.append((kept, side.submit(self._measured, scan, kept)))
+                    measured = self._weighted(kept)
+                    waiting.append((measured, side.submit(self._measured, scan, measured)))
                 if len(waiting) > 1:
                     self._add_lengths(*waiting.pop(0))
                 progress.tick(scan.report.rows, 0, f"{role} rows checked")
@@ -182,7 +185,7 @@ class _State:
             out.preferences = self._preferences.finish(index, findings)
         out.lengths = self._lengths.finish(findings)
         out.findings, out.dropped, out.spelling = findings.all(), findings.lines, self._labels.spelling()
-        for note in self._encoder.notes if self._encoder is not None else ():
+        for note in (self._sample.note(), *(self._encoder.notes if self._encoder is not None else ())):
             self._note(note)
         return out
 
@@ -200,21 +203,29 @@ class _State:
             return self._preferences.add(texts, record, role, findings)
         return True
 
+    def _weighted(self, rows: list[tuple[Item[Any], Texts]]) -> _Rows:
+        """The rows that are measured: without a tokenizer all."""
+        if self._encoder is None:
+            return [(item, texts, 1) for item, texts in rows]
+        weighted = ((item, texts, self._sample.weight(item.conversation)) for item, texts in rows)
+        return [row for row in weighted if row[2]]
+
     def _measured(self, scan: Pass[Any, Any], rows: _Rows) -> list[lengths.Measured | BadInput]:
         if self._encoder is None:
-            return [lengths.estimate(texts, self._lengths.max_length) for _, texts in rows]
-        encoded = scan.encode(self._encoder, [item.conversation for item, _ in rows])
+            return [lengths.estimate(texts, self._lengths.max_length) for _, texts, _ in rows]
+        encoded = scan.encode(self._encoder, [item.conversation for item, _, _ in rows])
         return [result if isinstance(result, BadInput) else lengths.measure(result) for result in encoded]
 
     def _add_lengths(self, rows: _Rows, measuring: Future[list[lengths.Measured | BadInput]]) -> None:
-        for (item, texts), measured in zip(rows, measuring.result(), strict=True):
+        for (item, texts, weight), measured in zip(rows, measuring.result(), strict=True):
             if isinstance(measured, BadInput):
                 self.problems.add(placed(measured, item.row))
             else:
-                self._lengths.add(texts, measured, self._findings)
+                self._sample.accept(item.conversation)
+                self._lengths.add(texts, measured, weight, self._findings)
 
-    def _note(self, note: str) -> None:
-        if note not in self._out.notes:
+    def _note(self, note: str | None) -> None:
+        if note is not None and note not in self._out.notes:
             self._out.notes.append(note)
 
 

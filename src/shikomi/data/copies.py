@@ -26,7 +26,7 @@ SHARED_TEXTS = 5
 BANDS, ROWS = 24, 5
 """Two texts of similarity s become candidates with probability 1 - (1 - s**ROWS)**BANDS: 99% at 0.7, 20% at 0.4."""
 
-MOST_SHINGLES = 100_000_000
+MOST_SHINGLES = 50_000_000
 """Of all texts together, in four bytes each; texts after that are not compared."""
 
 _BLOCK = 4096
@@ -68,9 +68,10 @@ class Shingles:
         counts = np.concatenate([np.zeros(0, np.int64), *self._counts])
         hashes = np.concatenate([np.zeros(0, np.uint32), *self._hashes])
         self._hashes, self._counts = [], []
-        owner = np.repeat(np.arange(len(counts)), counts)
-        own = np.ones(len(hashes), bool) if without is None else ~without[owner]
-        hashes, owner = _distinct(hashes[own], owner[own], len(counts))
+        owner = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+        if without is not None:
+            hashes, owner = hashes[~without[owner]], owner[~without[owner]]
+        hashes, owner = _distinct(hashes, owner, len(counts))
         kept = np.bincount(owner, minlength=len(counts)) >= FEWEST
         own = kept[owner]
         hashes, owner = hashes[own], owner[own]
@@ -113,10 +114,12 @@ class Shingles:
 
 def _distinct(hashes: np.ndarray, owner: np.ndarray, texts: int) -> tuple[np.ndarray, np.ndarray]:
     """Each shingle of a text once, those that many texts share left out; ordered by text."""
-    keys = owner.astype(np.uint64) << np.uint64(32) | hashes
+    keys = owner.astype(np.uint64)
+    keys <<= np.uint64(32)
+    keys |= hashes
     keys.sort()  # faster than np.unique
     keys = keys[np.append(True, keys[1:] != keys[:-1])[: len(keys)]]
-    hashes, owner = keys.astype(np.uint32), (keys >> np.uint64(32)).astype(np.int64)
+    hashes, owner = keys.astype(np.uint32), (keys >> np.uint64(32)).astype(np.int32)
     most = int(max(SHARED_TEXTS, SHARED * texts))
     ordered = np.sort(hashes)
     again = ordered[most:] == ordered[: max(0, len(ordered) - most)]  # more than `most` in a row

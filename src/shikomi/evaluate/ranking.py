@@ -127,11 +127,12 @@ def ranker_digest(kind: str, what: str) -> str | None:
 
 
 def _load(file: Path, name: str) -> Callable[..., Any]:
-    spec = importlib.util.spec_from_file_location(file.stem, file)
+    own_name = f"_ranking_{file.stem}"
+    spec = importlib.util.spec_from_file_location(own_name, file)
     if spec is None or spec.loader is None:
         raise BadInput([Problem("not a Python file", str(file), allowed="FILE.py")])
     module = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault(file.stem, module)  # dataclasses look their module up
+    sys.modules[own_name] = module  # dataclasses look their module up
     try:
         spec.loader.exec_module(module)
     except Exception as error:

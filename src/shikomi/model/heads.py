@@ -1,5 +1,6 @@
 """Heads beside the one for tokens: a scalar head gives each sequence one value, read at its last token."""
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -81,7 +82,8 @@ def classifier_of(config: Any) -> Classifier:
     if type(config) not in AutoModelForSequenceClassification._model_mapping:
         what = f"objective: reward cannot serve {kind}: transformers has no sequence classification model of it"
         raise BadInput([Problem(what, fix="choose a base such as Llama, Qwen, Mistral, Gemma or Phi")])
-    own = type(config).from_dict(config.to_dict() | {"num_labels": 1})
+    own = copy.deepcopy(config)
+    own.num_labels = 1
     with torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(own)
         names, causal = (_names(m) for m in (model, AutoModelForCausalLM.from_config(config)))

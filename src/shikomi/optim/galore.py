@@ -118,17 +118,15 @@ class GaLore:
     def gradient_bytes(self, shapes: Mapping[str, Sequence[int]], micro_batches: int) -> int:
         """Bytes of the gradients that exist together at most: all in full where a renewal waits for micro-batches."""
         full = {name: 4 * math.prod(shape) for name, shape in shapes.items()}
+        low = {
+            name: 4 * math.prod(low_rank_shape(shape[0], shape[1], self.rank, sides))
+            for name, shape in shapes.items()
+            if (sides := self.sides(name, shape))
+        }
         if micro_batches > 1:
-            return sum(full.values())
-        low, others, largest = 0, 0, 0
-        for name, shape in shapes.items():
-            sides = self.sides(name, shape)
-            if sides:
-                low += 4 * math.prod(low_rank_shape(shape[0], shape[1], self.rank, sides))
-                largest = max(largest, full[name])
-            else:
-                others += full[name]
-        return low + others + largest
+            return sum(full.values()) + max(low.values(), default=0)
+        others = sum(size for name, size in full.items() if name not in low)
+        return sum(low.values()) + others + max((full[name] for name in low), default=0)
 
     def state_bytes(self, shapes: Mapping[str, Sequence[int]]) -> StateBytes:
         """Bytes of optimizer state for trained tensors of these shapes, beside those of AdamW in 32 bits."""

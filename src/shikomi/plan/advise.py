@@ -101,19 +101,13 @@ class Advice:
 def nothing_expected() -> dict[str, Any]:
     """The plan's keys where nothing is trained."""
     zero = {"low": 0, "likely": 0, "high": 0}
-    return {"peak_memory_bytes": None, "seconds": zero, "cost": {**zero, "currency": "USD"}}
+    return {"peak_memory_bytes": None, "seconds": zero, "cost": zero}
 
 
 def titles(outcomes: Sequence[str], adapter: str | None) -> list[str]:
     """Outcomes in words, with the weights that preference learning and pre-training train."""
-    found = []
-    for name in outcomes:
-        with_adapter = adapter is not None and name not in ADAPTERS and name not in NOT_BUILT
-        weights = "LoRA" if adapter == "full" and name in ("dpo", "ipo", "kto", "orpo", "simpo") else (
-            OUTCOMES[adapter].title if adapter is not None else ""
-        )  # fmt: skip
-        found.append(OUTCOMES[name].title + (f" ({weights})" if with_adapter else ""))
-    return found
+    weights = "" if adapter is None else f" ({OUTCOMES[adapter].title})"
+    return [OUTCOMES[name].title + ("" if name in (*ADAPTERS, *NOT_BUILT) else weights) for name in outcomes]
 
 
 def usual(outcomes: Sequence[str]) -> tuple[int, int]:

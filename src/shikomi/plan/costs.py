@@ -62,28 +62,40 @@ def costs(job: Job, machine: Machine, micro_batches: int) -> Costs:
 
 
 def _weights(job: Job, machine: Machine, inside: set[str]) -> Range:
-    """The base in memory: few bits, storage, or what transformers multiplies itself in the arithmetic dtype."""
-    model, total = job.architecture, 0.0
+    """The base in memory: few bits, storage, or what transformers multiplies itself in the arithmetic dtype.
+
+    Where weights are pages of their file, those of converted ones are there as well for as long as one weight lies in
+    it; the system can take them back where memory is short, so that the low end is without them.
+    """
+    model, total, converted, stay = job.architecture, 0.0, 0, False
     for name, shape in model.tensors.items():
         path, numbers = name.rpartition(".")[0], prod(shape)
         if name in inside:
             total += 4 * numbers
+            converted += numbers
         elif path in model.linears and len(shape) == 2:
             few = job.quant is not None and path != model.head and not path.endswith("dt_proj")
             total += numbers * job.quant.bits / 8 if few else numbers * machine.storage_bytes
+            stay = True
         elif path == next(iter(model.embeddings)):
             total += numbers * machine.storage_bytes
         else:
             total += numbers * machine.arithmetic_bytes
-    return _mapped(job, machine, inside, total)
+            converted += numbers if machine.arithmetic != machine.storage else 0
+    twice = converted * machine.storage_bytes if stay and _lies_in_file(job, machine) else 0
+    return _mapped(job, machine, inside, total) + Range(0, twice, twice)
+
+
+def _lies_in_file(job: Job, machine: Machine) -> bool:
+    """Whether weights are the pages of their file: on a CPU, where nothing has to be converted."""
+    return machine.device == "cpu" and job.quant is None and job.file_dtype == machine.storage
 
 
 def _mapped(job: Job, machine: Machine, inside: set[str], total: float) -> Range:
     """Of an input embedding that lies in its file, only the rows that were read are in memory."""
     model = job.architecture
     path, (rows, width) = next(iter(model.embeddings.items()))
-    kept_in_file = machine.device == "cpu" and job.quant is None and job.file_dtype == machine.storage
-    if not kept_in_file or model.tied or f"{path}.weight" in inside or job.new_tokens:
+    if not _lies_in_file(job, machine) or model.tied or f"{path}.weight" in inside or job.new_tokens:
         return Range.exact(total)
     whole = rows * width * machine.storage_bytes
     distinct = min(rows, DISTINCT * job.rows.count * job.rows.tokens)

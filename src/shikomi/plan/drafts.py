@@ -88,7 +88,7 @@ def recipe_draft(
         )
     else:
         written = [
-            _block(stage, source, adapter, i == main, i == 0)
+            _block(stage, source, adapter, i == main)
             for i, (stage, source) in enumerate(zip(stages, sources, strict=True))
         ]
         top["reasons"].pop("learning_rate", None)
@@ -161,11 +161,12 @@ def _stage(stage: str, source: Material, adapter: str) -> dict[str, Any]:
         return {"objective": "sft", "num_train_epochs": 1, "learning_rate": full * PRETRAIN_SHARE}
     few = source.amount not in ("medium", "many")
     rate = ORPO_RATE if stage == "orpo" else FEW_PREFERENCES if few else LEARNING_RATE_PREFERENCES
+    rate *= LEARNING_RATE_FULL / LEARNING_RATE_ADAPTER if adapter == "full" else 1
     objective = {"name": stage, "beta": BETA[stage]}
     return {"objective": objective, "num_train_epochs": 3 if few else 1, "learning_rate": rate}
 
 
-def _block(stage: str, source: Material, adapter: str, own_data: bool, first: bool) -> tuple[str, dict[str, Any]]:
+def _block(stage: str, source: Material, adapter: str, own_data: bool) -> tuple[str, dict[str, Any]]:
     """(comment, keys) of one of several stages; with `own_data` it reads the rows of the recipe's `data`."""
     keys: dict[str, Any] = {"name": stage, **_stage(stage, source, adapter)}
     if not own_data:
@@ -176,9 +177,6 @@ def _block(stage: str, source: Material, adapter: str, own_data: bool, first: bo
         if beside is not None or source.rows >= ROWS.few:
             data["validation"] = VALIDATION_SHARE if beside is None else str(beside)
         keys = {"name": stage, "objective": keys.pop("objective"), "data": data, **keys}
-    if adapter == "full" and stage in BETA and not first:
-        keys["adapter"] = {"name": "lora", "r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
-        keys["previous_adapter"] = "merge"
     return _stage_reason(stage, source), keys
 
 

@@ -15,7 +15,7 @@ from shikomi.plan.facts import ENOUGH
 from shikomi.plan.hardware import HERE, hardware
 from shikomi.plan.jobs import model_of
 from shikomi.plan.material import Material
-from shikomi.plan.prices import check_currency
+from shikomi.plan.prices import check_currency, check_price
 from shikomi.plan.whole import estimate
 from shikomi.recipe import parse_recipe
 
@@ -52,7 +52,8 @@ class Expected:
             "machine": self.machine,
             "peak_memory_bytes": None if self.peak_memory is None else self.peak_memory.as_dict(),
             "seconds": None if self.seconds is None else self.seconds.as_dict(),
-            "cost": None if self.cost is None else {**self.cost.as_dict(), "currency": self.currency},
+            "cost": None if self.cost is None else self.cost.as_dict(),
+            "currency": self.currency,
             "cost_basis": self.basis or None,
         }
 
@@ -87,6 +88,7 @@ class Expecting:
     machine: str | None = None
     currency: str = "USD"
     budget: float | None = None  # in `currency`
+    price: float | None = None  # US dollars an hour; None: by the table of prices
 
     def of(self, draft: Draft) -> Expected | None:
         """What a drafted recipe takes; None for a prompt."""
@@ -99,7 +101,11 @@ class Expecting:
             why = (error.message, "none of this can be known before the model is on this machine")
             return Expected(self.machine or HERE, None, 0, None, None, self.currency, notes=why)
         made = estimate(
-            recipe, self.machine, currency=self.currency, rows=[_expected_rows(one) for one in draft.sources]
+            recipe,
+            self.machine,
+            price=self.price,
+            currency=self.currency,
+            rows=[_expected_rows(one) for one in draft.sources],
         )
         notes = tuple(dict.fromkeys((*made.notes, *made.cost.warnings)))
         if any(source.detected is None for source in draft.sources):
@@ -116,7 +122,9 @@ class Expecting:
         )
 
     def check(self) -> None:
-        """Raises BadInput for a machine and for a currency that the tables do not have."""
+        """Raises BadInput for a machine and for a currency that the tables do not have, and for what is no price."""
+        if self.price is not None:
+            check_price(str(self.price))
         check_currency(self.currency)
         if self.machine is not None:
             hardware(self.machine)

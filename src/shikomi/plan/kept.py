@@ -159,9 +159,10 @@ def own(model: Architecture, reads: Reads, trained: Collection[str]) -> Widths:
     if any("norm" in name for name in inside):
         read += kind.norms(s)
     if any(".experts." in name for name in inside):
-        read += chosen * (s.hidden + s.intermediate)
+        read += chosen * (s.hidden + s.intermediate) + s.hidden  # the router's input too
     if reads.sublayers:  # nothing before the first of them has a gradient
-        read = read * (s.layers - 1) / s.layers + reads.sublayers * s.hidden / s.layers
+        before = s.hidden + _qkv(s) if reads.sublayers > s.layers else read
+        read += (reads.sublayers * s.hidden - before) / s.layers
     wide = s.intermediate * max(1, chosen)
     attention = 2 * _qkv(s) + 2 * s.heads * s.head_dim + 3 * s.hidden
     return Widths(read, 0, attention, 5 * wide + 3 * s.hidden, 0, 0)

@@ -17,6 +17,7 @@ from shikomi.plan.starter import CHARACTERS_PER_TOKEN, TOKENS_PER_TURN
 from shikomi.recipe.schema import DataSpec
 
 SAMPLE = 1000  # rows whose tokens are counted
+TURN = 4  # tokens of a turn in a chat template besides its text and the name of who speaks
 HUB_ROWS = 10_000  # assumed of a data set on the hub, which is not fetched to plan
 
 Count = Callable[[str], int]
@@ -63,14 +64,14 @@ def _tokenizer(folder: Path | None, chat: str) -> tuple[Count, int, bool]:
     """How to count the tokens of a text, how many a chat template adds to a turn, and whether that is counted."""
     path = None if folder is None else folder / "tokenizer.json"
     if folder is None or path is None or not path.is_file():
-        return (lambda text: round(len(text) / CHARACTERS_PER_TOKEN)), TOKENS_PER_TURN // 2, False
+        return (lambda text: round(len(text) / CHARACTERS_PER_TOKEN)), TOKENS_PER_TURN // 4, False
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(path))
     config = folder / "tokenizer_config.json"
     template = (folder / "chat_template.jinja").is_file()
     template = template or (config.is_file() and '"chat_template"' in config.read_text(encoding="utf-8"))
-    extra = 5 if chat == "always" or (chat == "auto" and template) else 0
+    extra = TURN if chat == "always" or (chat == "auto" and template) else 0
     return (lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)), extra, True
 
 
@@ -93,8 +94,9 @@ def _lengths(record: Any, kind: str, count: Count, extra: int, max_length: int) 
     prompt, trained = 0, []
     for answer in answers:
         before, after = _texts(answer)
-        prompt = sum(count(text) + extra for text in before)
-        trained.append(sum(count(text) + 1 for text in after) + extra * (len(after) > 0))
+        names = count("user") * len(before) + count("assistant") * (len(after) > 0) if extra else 0
+        prompt = sum(count(text) + extra for text in before) + names + extra // 2  # the answer's header is no target
+        trained.append(sum(count(text) + 1 for text in after))
     if kind == "conversations":
         length = min(max_length, prompt + trained[0])
         return length, max(0, length - prompt), min(prompt, length)

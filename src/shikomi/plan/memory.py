@@ -13,10 +13,10 @@ from shikomi.plan import kept
 from shikomi.plan.costs import Costs, costs
 from shikomi.plan.estimate import Component, Job, Machine, MemoryPlan, Range
 
-PROCESS = Range(390 << 20, 417 << 20, 480 << 20)  # the interpreter, torch, transformers and the program, on the host
+PROCESS = Range(385 << 20, 417 << 20, 480 << 20)  # the interpreter, torch, transformers and the program, on the host
 TOKENIZER = 18.0  # bytes in memory for a byte of tokenizer.json, both of a run's tokenizers
 TEXT_PER_ENTRY = 70  # bytes of tokenizer.json for an entry of the vocabulary
-QUANT_PROCESS = 77 << 20  # bitsandbytes
+QUANT_PROCESS, BITSANDBYTES = 10 << 20, 37 << 20  # loading tensor by tensor; and the library where it is used
 WORKSPACE, WORKSPACE_TOKENS = (
     12 << 10,
     4096,
@@ -25,8 +25,13 @@ CUDA_PROCESS = Range(400 << 20, 600 << 20, 900 << 20)  # a context with its kern
 TILE_BYTES, STRIP = 48 << 20, 32  # of model/logprobs.py
 MAPPED_ALONE = 32 << 20  # bytes from which glibc gives a block pages of its own, as model/device.py sets it
 ROWS = 128  # queries of an attention block, as in model/attention.py
-SLACK = {"cpu": Range(1.0, 1.06, 1.15), "cuda": Range(1.0, 1.08, 1.2), "mps": Range(1.0, 1.08, 1.2)}
+SLACK = {"cpu": Range(1.0, 1.08, 1.2), "cuda": Range(1.0, 1.08, 1.2), "mps": Range(1.0, 1.08, 1.2)}
 """What an allocator holds for the bytes that come and go."""
+PINNED = Range(0.0, 1.5, 2.5)
+"""Of the largest small block, how many times it does not find its old place: gradients and state now lie there."""
+
+SCATTERED = Range(1.15, 1.45, 1.85)
+"""The same on a CPU where transformers' own layers are used: what they drop lies between what is kept."""
 
 
 def memory(job: Job, machine: Machine) -> MemoryPlan:
@@ -37,7 +42,7 @@ def memory(job: Job, machine: Machine) -> MemoryPlan:
     recompute = choose_recompute(job, machine, cost, tokens.likely) if job.recompute == "auto" else job.recompute
     phases = _phases(job, machine, cost, tokens, scored, recompute, micro_batches)
     name, moving = max(phases.items(), key=lambda item: _total(item[1]).likely)
-    held = _held(phases, machine) - _total(moving).likely
+    held = _held(phases, machine, widths_of(job, machine, cost)[1]) - _total(moving).likely
     allocator = Component("allocator", held.at_least(0), "memory that was freed and is kept to be used again")
     parts = [*_always(job, machine, cost, tokens), *(part.component for part in moving), allocator]
     loading = _loading(job, machine, cost)
@@ -72,7 +77,8 @@ def micro_batch(job: Job) -> tuple[Range, Range]:
     mean, longest = rows.tokens * twice, rows.longest * twice
     step = min(job.batch_size, rows.count) * mean
     limit = max(longest, float(job.micro_batch_tokens))
-    likely = min(max(step, longest), max(longest, 0.96 * job.micro_batch_tokens))
+    full = job.micro_batch_tokens * (1.0 if step <= job.micro_batch_tokens else 0.96)
+    likely = min(max(step, longest), max(longest, full))
     tokens = Range(min(likely, max(mean, 0.8 * likely)), likely, min(limit, max(likely, job.batch_size * longest)))
     prompts = rows.prompt_share if "prompt_logp" in job.objective.needs else 0.0
     return tokens + virtual, tokens * ((rows.scored_share + prompts) / twice)
@@ -89,11 +95,11 @@ def _total(parts: list[Moving]) -> Range:
     return sum((part.component.bytes for part in parts), Range.exact(0))
 
 
-def _held(phases: dict[str, list[Moving]], machine: Machine) -> Range:
+def _held(phases: dict[str, list[Moving]], machine: Machine, fused: bool) -> Range:
     """What the allocator takes for what comes and goes.
 
     glibc keeps small blocks when they are freed, so that their peak and that of large blocks, which are given back, add
-    up even where they are at different moments.
+    up even where they are at different moments; what stays in between (gradients, state) breaks up the largest.
     """
     slack = SLACK[machine.device]
     if machine.device != "cpu":
@@ -102,13 +108,17 @@ def _held(phases: dict[str, list[Moving]], machine: Machine) -> Range:
     for parts in phases.values():
         small = small.at_least(_total([part for part in parts if part.block < MAPPED_ALONE]))
         large = large.at_least(_total([part for part in parts if part.block >= MAPPED_ALONE]))
-    return small * slack + large
+    blocks = [part.block for parts in phases.values() for part in parts if part.component.bytes.likely]
+    lost = max((block for block in blocks if block < MAPPED_ALONE), default=0.0)
+    return small * (slack if fused else SCATTERED) + large + PINNED * lost
 
 
 def _always(job: Job, machine: Machine, cost: Costs, tokens: Range) -> list[Component]:
     process = CUDA_PROCESS
     if machine.device != "cuda":
-        process = PROCESS + (QUANT_PROCESS if job.quant is not None else 0) + TOKENIZER * _tokenizer(job)
+        process = PROCESS + TOKENIZER * _tokenizer(job)
+        if job.quant is not None:
+            process += QUANT_PROCESS + (BITSANDBYTES if job.quant.bits < 8 else 0)
     workspace = Range(*(min(n, WORKSPACE_TOKENS) for n in (tokens.low, tokens.likely, tokens.high))) * WORKSPACE
     few = f"linear maps in {job.quant.bits:.2f} bits, the rest" if job.quant is not None else "all"
     return [
@@ -168,8 +178,11 @@ def _phases(
     layer = max(widths.attention * tokens.likely * a + 4 * scores, mlp) / tokens.likely
     block = (widths.gate_up or 2 * model.intermediate) * rows * a
     temporary = Moving(Component("temporary", tokens * layer, "of the layer whose backward runs"), block)
+    tied = cost.largest_gradient if model.tied and cost.head_trained else 0
     whole = Moving(
-        Component("gradients", Range.exact(cost.gradients), "of everything that is trained, in fp32"),
+        Component(
+            "gradients", Range.exact(cost.gradients + tied), "of what is trained, in fp32; of tied weights twice"
+        ),
         cost.largest_gradient,
     )
     return {

@@ -119,7 +119,7 @@ OUTCOMES = {
         ),
     ),
     "rlhf": Outcome(
-        "RLHF: a reward, and RL on it",
+        "RLHF (RL on a reward)",
         DEAR,
         (
             ("dpo", "pairs of answers can be had: the same preferences without a reward model and without sampling"),

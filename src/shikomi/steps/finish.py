@@ -69,6 +69,7 @@ def result(
     return {
         "finished": True,
         "model": recipe.model,
+        "task": "policy" if lm.scalar is None else "reward",
         "adapter": lm.attached.options.name if lm.attached is not None else recipe.adapter.name,
         "stages": state.finished_stages,
         "steps": state.global_step,

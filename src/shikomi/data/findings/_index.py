@@ -7,7 +7,7 @@ from array import array
 from shikomi.data.findings._finding import excerpt
 from shikomi.data.findings._texts import Texts
 
-HEADS_KEPT = 500_000
+HEADS_KEPT = 200_000
 """Rows whose first characters are kept, for excerpts."""
 
 HEAD = 120

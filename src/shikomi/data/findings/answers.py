@@ -126,6 +126,6 @@ def _is_loop(text: str) -> bool:
 
 
 def is_placeholder(answer: str) -> bool:
-    """Whether an answer says nothing: N/A, TODO, punctuation alone. Of labels this may be meant."""
+    """Whether an answer says nothing: N/A, null, punctuation alone. Of labels this may be meant."""
     short = answer.strip()
     return len(short) < 400 and (bool(_PLACEHOLDER.fullmatch(short)) or not _ANY_WORD.search(short))

@@ -38,6 +38,8 @@ class Copies:
         otherwise = self._answers(whole, prompts, train & ~copied, labels, index, findings)
         compared = self._shingles.near(copied | leaked | otherwise)
         for row, other in compared:
+            if self._open[row] and prompts[row] == prompts[other]:
+                continue  # several answers to one prompt
             if train[row] and train[other]:
                 findings.add("D202", *index.place(row), index.head(row), f"as {index.name(other)}")
             elif train[row] != train[other]:
@@ -64,15 +66,17 @@ class Copies:
         leaked = np.zeros(len(prompts), bool)
         known = np.flatnonzero(train)
         order = known[np.argsort(prompts[known], kind="stable")]
+        ordered = prompts[order]
+        dropped: set[int] = set()
         for row in np.flatnonzero(~train & np.isin(prompts, prompts[known])).tolist():
             leaked[row] = True
-            left = np.searchsorted(prompts[order], prompts[row])
-            right = np.searchsorted(prompts[order], prompts[row], side="right")
-            twins = [index.place(int(k)) for k in order[left:right]]
-            note = f"{index.role(row)} row; training row {twins[0][0]}:{twins[0][1]}"
+            first = int(np.searchsorted(ordered, prompts[row]))
+            note = f"{index.role(row)} row; training row {index.name(int(order[first]))}"
             findings.add("D301", *index.place(row), index.head(row), note)
-            for twin in twins:
-                findings.lines.setdefault(twin, "D301")
+            if first not in dropped:
+                dropped.add(first)
+                for twin in order[first : int(np.searchsorted(ordered, prompts[row], side="right"))].tolist():
+                    findings.lines.setdefault(index.place(twin), "D301")
         return leaked
 
     def _answers(

@@ -68,13 +68,14 @@ class Lengths:
 
     def __init__(self, encoder: Encoder | None, max_length: int | None) -> None:
         self.encoder, self.max_length = encoder, max_length
-        self._tokens = array("q")
+        self._tokens, self._weights = array("q"), array("q")
         self._trained = 0
 
-    def add(self, texts: Texts, measured: Measured, findings: Findings) -> None:
-        """The next row that is trained on."""
+    def add(self, texts: Texts, measured: Measured, weight: int, findings: Findings) -> None:
+        """The next row that is trained on, and how many rows it stands for."""
         self._tokens.append(measured.tokens)
-        self._trained += measured.trained
+        self._weights.append(weight)
+        self._trained += weight * measured.trained
         limit = self.max_length
         place = (texts.file, texts.line)
         shown = texts.own[-60:].strip()
@@ -91,12 +92,12 @@ class Lengths:
 
     def finish(self, findings: Findings) -> dict[str, Any] | None:
         """The figures of all rows; None where there are none."""
-        tokens = np.asarray(self._tokens)
-        if not len(tokens):
+        if not len(self._tokens):
             return None
+        tokens = np.repeat(np.asarray(self._tokens), np.asarray(self._weights))
         total = int(tokens.sum())
         share = self._trained / max(1, total)
-        if findings.count("D702") == len(tokens):
+        if findings.count("D702") == len(self._tokens):
             limit = "none is trained" if self.max_length is None else f"max_length {self.max_length:,}"
             findings.say("D112", f"no row has a trained token: {limit}; the longest has {int(tokens.max()):,} tokens")
         if share < FEW_TRAINED:
