@@ -73,12 +73,10 @@ def make_pairs(sft: Path, work: Path) -> tuple[list[dict[str, Any]], list[dict[s
     """(training pairs, held-back pairs): the maintainer's synopsis against a sample of the SFT model."""
     out = work / "pairs.jsonl"
     if not out.exists():
-        prompts = work / "prompts.jsonl"
-        rows = rows_of(DATA / "prompts.jsonl")
-        write_rows(prompts, [{"prompt": PROMPT.format(**r), "reference": r["summary"]} for r in rows])
         part = out.with_suffix(".part.jsonl")
-        how = ("--samples", "1", "--chosen", "reference", "--temperature", "1.0", "--max-new-tokens", str(NEW_TOKENS))
-        call("data", "pairs", sft, prompts, "-o", part, *how)
+        rows = ("--prompt", PROMPT, "--completion", "{summary}")
+        how = ("--chosen", "reference", "--temperature", "1.0", "--max-new-tokens", str(NEW_TOKENS))
+        call("data", "pairs", sft, DATA / "prompts.jsonl", "-o", part, *rows, *how)
         part.rename(out)
     pairs = rows_of(out)
     return pairs[:-HELD_BACK], pairs[-HELD_BACK:]
@@ -93,12 +91,14 @@ def thumbs(pairs: Sequence[dict[str, Any]], good_share: float) -> list[dict[str,
     ]
 
 
-def plans(work: Path, base: str, sft: Path, pairs: Path, held: Path, kto: dict[str, Path]) -> dict[str, dict[str, Any]]:
-    """The recipe of every method; batch 16 is the usual 4 by 4 accumulation steps, and three passes over the pairs."""
+def plans(
+    base: str, sft: Path, pairs: Path, held: Path, kto: dict[str, Path], epochs: int
+) -> dict[str, dict[str, Any]]:
+    """The recipe of every method; batch 16 is the usual 4 by 4 accumulation steps."""
     common: dict[str, Any] = {
         "model": str(sft / "final"),
         "max_length": 512,
-        "num_train_epochs": 3,
+        "num_train_epochs": epochs,
         "batch_size": 16,
         "data": {"train": str(pairs), "validation": str(held)},
     }
@@ -174,6 +174,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, default=HERE.parent / "runs" / "preference-methods")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--pairs", type=int, default=400, help="training pairs")
+    parser.add_argument("--epochs", type=int, default=3, help="passes over the pairs")
     parser.add_argument("--only", nargs="+", help="these methods only")
     args = parser.parse_args()
     work = args.output.absolute()
@@ -194,7 +195,7 @@ def main() -> None:
     keys = {"objective": "reward", "max_length": 512, "num_train_epochs": 2, "batch_size": 16, "learning_rate": 2e-4}
     train(work / "reward", model=args.model, adapter=LORA, data=data, **keys)
     call("eval", work / "reward", held)
-    recipes = plans(work, args.model, sft, pairs, held, kto)
+    recipes = plans(args.model, sft, pairs, held, kto, args.epochs)
     chosen = [name for name in recipes if not args.only or name in args.only]
     lines = []
     from shikomi import open_reward_model

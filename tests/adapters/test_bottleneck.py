@@ -293,6 +293,7 @@ def test_an_adapter_survives_its_folder(dtype, tmp_path):
         "shikomi_type": "bottleneck",
         "base_model_name_or_path": "some/base",
         "revision": "abc",
+        "task_type": "CAUSAL_LM",
         "reduction_factor": 4,
         "placement": "pfeiffer",
         "non_linearity": "gelu",
