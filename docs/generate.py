@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from shikomi import registry
+from shikomi.advise import guide
 from shikomi.data.findings.codes import codes
 from shikomi.evaluate.explanations import Explanation, explanations
-from shikomi.plan import guide
 from shikomi.recipe import component_reference, reference, translations
 
 GUIDE = Path(__file__).resolve().parent / "guide"

@@ -16,7 +16,20 @@ SOURCE = ROOT / "src" / "shikomi"
 # The line from a recipe to a report. A stage imports itself and what stands to its left.
 STAGES = (
     *("errors", "registry", "progress", "recipe", "data", "quant", "adapters", "model", "objectives", "optim"),
-    *("metrics", "rewards", "train", "checkpoint", "evaluate", "plan", "doctor", "steps", "run", "inference", "sweep"),
+    *(
+        "metrics",
+        "rewards",
+        "train",
+        "checkpoint",
+        "evaluate",
+        "plan",
+        "advise",
+        "doctor",
+        "steps",
+        "run",
+        "inference",
+        "sweep",
+    ),
     *("__init__", "demo", "commands", "cli"),
 )
 ROOT_MODULES = {"errors", "registry", "progress"}  # these three may see each other

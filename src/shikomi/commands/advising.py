@@ -14,10 +14,10 @@ from shikomi.errors import BadInput, Problem
 from shikomi.progress import Progress, duration, size
 
 if TYPE_CHECKING:
-    from shikomi.plan.advise import Advice, Answer
-    from shikomi.plan.expected import Expected
-    from shikomi.plan.material import Materials
-    from shikomi.plan.prompting import Measured
+    from shikomi.advise.advice import Advice, Answer
+    from shikomi.advise.expected import Expected
+    from shikomi.advise.material import Materials
+    from shikomi.advise.prompting import Measured
 
 ADVISE = """Which method for your task: a prompt, LoRA, QLoRA, full fine-tuning, pre-training, DPO and its kin, or RLHF.
 
@@ -95,10 +95,10 @@ def advise(
     )  # fmt: skip
     with showing(as_json) as progress:
         progress.phase("reading the data")
-        from shikomi.plan.advise import Case, known_answers
-        from shikomi.plan.advise import advise as advised
-        from shikomi.plan.expected import Expecting, loadable
-        from shikomi.plan.material import materials
+        from shikomi.advise.advice import Case, known_answers
+        from shikomi.advise.advice import advise as advised
+        from shikomi.advise.expected import Expecting, loadable
+        from shikomi.advise.material import materials
 
         model = loadable(model)
         case = Case(model, materials(given), answers, shots=shots, seed=seed)
@@ -122,9 +122,9 @@ def _given_answers(
     task: str | None, prompt_solves: bool | None, examples_solve: bool, others: dict[str, bool | None]
 ) -> dict[str, Answer]:
     """Flags as answers. Raises BadInput for an unknown task, and for flags that contradict each other."""
+    from shikomi.advise.advice import Answer
+    from shikomi.advise.facts import NO, TASKS, YES
     from shikomi.errors import nearest
-    from shikomi.plan.advise import Answer
-    from shikomi.plan.facts import NO, TASKS, YES
 
     found = {column: Answer(YES if value else NO, "given") for column, value in others.items() if value is not None}
     if task is not None:
@@ -151,9 +151,9 @@ def _measure(
         fix = "--data FILE with rows that have answers"
         raise BadInput([Problem("--run-baseline needs rows to measure on", fix=fix)])
     progress.phase("importing torch")
+    from shikomi.advise.drafts import plain_prompt
+    from shikomi.advise.prompting import measure_prompt
     from shikomi.inference import open_model
-    from shikomi.plan.drafts import plain_prompt
-    from shikomi.plan.prompting import measure_prompt
 
     ready = open_model(model, dtype=dtype, device=device, progress=progress)
     file = plain_prompt(family, there, model)
@@ -188,8 +188,8 @@ def _ask_budget(currency: str) -> float | None:
 
 def _asker(progress: Progress) -> Callable[[str], Answer]:
     """Asks for a column on the terminal."""
-    from shikomi.plan.advise import Answer
-    from shikomi.plan.facts import COLUMNS, NO, YES
+    from shikomi.advise.advice import Answer
+    from shikomi.advise.facts import COLUMNS, NO, YES
 
     def ask(name: str) -> Answer:
         progress.finish()
@@ -224,10 +224,10 @@ def _finish(made: Advice, expected: Expected | None, output: Path | None, as_jso
 
 
 def _print_advice(made: Advice, expected: Expected | None) -> None:
-    from shikomi.plan.advise import band
-    from shikomi.plan.facts import TASKS
-    from shikomi.plan.outcomes import OUTCOMES
-    from shikomi.plan.rules import TABLE
+    from shikomi.advise.advice import band
+    from shikomi.advise.facts import TASKS
+    from shikomi.advise.outcomes import OUTCOMES
+    from shikomi.advise.rules import TABLE
 
     print(f"Advice: {made.title}")
     print(f"  the usual way for {TASKS[made.family].title}: {TASKS[made.family].path}")

@@ -100,7 +100,7 @@ def _recipe(source: str, overrides: list[str], model: str | None, progress: Prog
 
     if is_recipe(path):
         return load_recipe(path, overrides)
-    from shikomi.plan.starter import starter
+    from shikomi.advise.starter import starter
 
     made = starter(path, model or "smollm2")
     for reason in made.detected.reasons:

@@ -13,7 +13,7 @@ from shikomi.errors import BadInput, Problem
 from shikomi.progress import Progress
 
 if TYPE_CHECKING:
-    from shikomi.plan.starter import Starter
+    from shikomi.advise.starter import Starter
 
 INIT = """Write a recipe for your data file: the format it found, a proposed prompt, and the reason for each default.
 
@@ -66,7 +66,7 @@ def init(
 def make_starter(file: Path, model: str, progress: Progress) -> Starter:
     """The recipe that `init` writes and `train --data` uses, with the time measured on this machine."""
     progress.phase(f"reading {short_path(file)}")
-    from shikomi.plan.starter import starter
+    from shikomi.advise.starter import starter
 
     progress.phase("importing torch, to estimate the time")
     from shikomi.plan.speed import known_parameters, product_rate, training_seconds

@@ -1,1 +1,1 @@
-"""What a run will take, before it starts, and the recipe to start from. No model is built."""
+"""What a run will take, before it starts: memory, time and price. No model is built."""

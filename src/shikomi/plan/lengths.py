@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from shikomi.data.conversation import Conversation
+from shikomi.data.findings.lengths import CHARACTERS_PER_TOKEN
 from shikomi.data.messages import content_text
 from shikomi.data.packing import MIN_SHARED_PREFIX
 from shikomi.data.sources import Row, hub_id, rows
 from shikomi.errors import BadInput, Problem
 from shikomi.plan.estimate import Rows
-from shikomi.plan.starter import CHARACTERS_PER_TOKEN, TOKENS_PER_TURN
 from shikomi.recipe.schema import DataSpec
 
 SAMPLE = 1000  # rows whose tokens are counted
 TURN = 4  # tokens of a turn in a chat template besides its text and the name of who speaks
+TOKENS_PER_TURN = 25  # what a chat template adds to a row
 HUB_ROWS = 10_000  # assumed of a data set on the hub, which is not fetched to plan
 
 Count = Callable[[str], int]

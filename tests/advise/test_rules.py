@@ -5,10 +5,10 @@ import runpy
 
 import pytest
 
-from shikomi.plan import guide
-from shikomi.plan.facts import AMOUNTS, COLUMNS, ENOUGH, LEVELS, NO, TASKS, YES, amount
-from shikomi.plan.outcomes import NOT_BUILT, OUTCOMES
-from shikomi.plan.rules import ADAPTERS, PREFERENCES, TABLE, unanswered, walk
+from shikomi.advise import guide
+from shikomi.advise.facts import AMOUNTS, COLUMNS, ENOUGH, LEVELS, NO, TASKS, YES, amount
+from shikomi.advise.outcomes import NOT_BUILT, OUTCOMES
+from shikomi.advise.rules import ADAPTERS, PREFERENCES, TABLE, unanswered, walk
 
 ABOVE = ("trained", "copies", "reads")
 NOTHING = dict.fromkeys(LEVELS, "none")

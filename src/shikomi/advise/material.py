@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+from shikomi.advise.facts import AMOUNTS, NO, YES, amount
 from shikomi.data.detect import Detected, detect
 from shikomi.data.preferences import answer_of, parse_pair
 from shikomi.data.sources import rows
 from shikomi.errors import BadInput, Problem
-from shikomi.plan.facts import AMOUNTS, NO, YES, amount
+from shikomi.plan.lengths import CHARACTERS_PER_TOKEN
 from shikomi.recipe import DataSpec, Source
 
-CHARACTERS_PER_TOKEN = 4.0
 LONGER_SHARE = 2 / 3
 """Of the pairs, in how many the chosen answer is the longer one, from which on length alone tells them apart."""
 

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shikomi.evaluate.prompts import PromptFile, prompt_text
-from shikomi.plan.facts import ENOUGH, ROWS, TASKS
-from shikomi.plan.material import KEYS, Material, Materials
-from shikomi.plan.outcomes import OUTCOMES
-from shikomi.plan.starter import (
+from shikomi.advise.facts import ENOUGH, ROWS, TASKS
+from shikomi.advise.material import KEYS, Material, Materials
+from shikomi.advise.outcomes import OUTCOMES
+from shikomi.advise.starter import (
     VALIDATION_SHARE,
     comparison,
     other_splits,
@@ -19,6 +18,7 @@ from shikomi.plan.starter import (
     reasons_of,
     run_name,
 )
+from shikomi.evaluate.prompts import PromptFile, prompt_text
 from shikomi.recipe import starter_recipe
 from shikomi.recipe.schema import LEARNING_RATE_ADAPTER, LEARNING_RATE_FULL, LEARNING_RATE_PREFERENCES
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from shikomi.plan.facts import PAIRS, ROWS
+from shikomi.advise.facts import PAIRS, ROWS
 
 
 @dataclass(frozen=True)

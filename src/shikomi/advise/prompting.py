@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shikomi.advise.facts import NO, YES
+from shikomi.advise.starter import other_splits
 from shikomi.data.check import load_conversations
 from shikomi.errors import BadInput, Problem
 from shikomi.evaluate.baselines import choose_shots
 from shikomi.evaluate.prompts import Prompted, PromptFile
-from shikomi.plan.facts import NO, YES
-from shikomi.plan.starter import other_splits
 from shikomi.recipe import Source
 
 if TYPE_CHECKING:  # the table is walked without torch; only a measurement needs it

@@ -6,14 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from shikomi.advise.drafts import Draft, nearest, plain_prompt, prompt_draft, recipe_draft
+from shikomi.advise.expected import Expected
+from shikomi.advise.facts import AMOUNTS, COLUMNS, LEVELS, NO, TASKS
+from shikomi.advise.material import Materials
+from shikomi.advise.outcomes import NOT_BUILT, OUTCOMES, Outcome
+from shikomi.advise.prompting import Measured, chosen_shots
+from shikomi.advise.rules import ADAPTERS, Rule, Walk, unanswered, walk
 from shikomi.errors import BadInput, Problem
-from shikomi.plan.drafts import Draft, nearest, plain_prompt, prompt_draft, recipe_draft
-from shikomi.plan.expected import Expected
-from shikomi.plan.facts import AMOUNTS, COLUMNS, LEVELS, NO, TASKS
-from shikomi.plan.material import Materials
-from shikomi.plan.outcomes import NOT_BUILT, OUTCOMES, Outcome
-from shikomi.plan.prompting import Measured, chosen_shots
-from shikomi.plan.rules import ADAPTERS, Rule, Walk, unanswered, walk
 
 FAMILY = "chatbot"  # what a task is taken for when nothing says it
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from shikomi.plan.facts import COLUMNS, ENOUGH, LEVELS, NO, SHORT, YES
+from shikomi.advise.facts import COLUMNS, ENOUGH, LEVELS, NO, SHORT, YES
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
+from shikomi.advise.starter import starter
 from shikomi.errors import BadInput
 from shikomi.plan.speed import known_parameters, product_rate, training_seconds
-from shikomi.plan.starter import starter
 from shikomi.recipe import parse_recipe
 
 

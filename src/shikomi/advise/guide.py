@@ -2,14 +2,14 @@
 
 from collections.abc import Iterator
 
+from shikomi.advise.facts import COLUMNS, ENOUGH, LEVELS, SHORT, TASKS
+from shikomi.advise.outcomes import NOT_BUILT, OUTCOMES
+from shikomi.advise.rules import TABLE, Rule
 from shikomi.evaluate.prompts import KEYS
-from shikomi.plan.facts import COLUMNS, ENOUGH, LEVELS, SHORT, TASKS
-from shikomi.plan.outcomes import NOT_BUILT, OUTCOMES
-from shikomi.plan.rules import TABLE, Rule
 
 HEAD = """# Which method
 
-Written by `docs/generate.py` from the table that `shikomi advise` walks (src/shikomi/plan/rules.py).
+Written by `docs/generate.py` from the table that `shikomi advise` walks (src/shikomi/advise/rules.py).
 
 ```
 shikomi advise                                              asks, on a terminal

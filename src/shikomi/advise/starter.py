@@ -6,15 +6,14 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+from shikomi.advise.facts import ROWS
 from shikomi.data.detect import Detected, detect
 from shikomi.data.sources import SPLIT_NAMES, rows
-from shikomi.plan.facts import ROWS
-from shikomi.plan.material import CHARACTERS_PER_TOKEN
+from shikomi.plan.lengths import CHARACTERS_PER_TOKEN, TOKENS_PER_TURN
 from shikomi.recipe import Source
 from shikomi.recipe.schema import LEARNING_RATE_ADAPTER, LEARNING_RATE_PREFERENCES
 from shikomi.recipe.template import starter_recipe
 
-TOKENS_PER_TURN = 25  # what a chat template adds to a row
 TOKENS_OWN = 10  # of these, what is not the same beginning in every row: that is computed once for many rows
 VALIDATION_SHARE = 0.1
 ROWS_MEASURED = 1000

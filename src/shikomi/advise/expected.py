@@ -7,20 +7,20 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from shikomi.advise.drafts import Draft, recipe_draft
+from shikomi.advise.facts import ENOUGH
+from shikomi.advise.material import Material
 from shikomi.errors import BadInput
 from shikomi.plan.architecture import SHIPPED, known_names
-from shikomi.plan.drafts import Draft, recipe_draft
 from shikomi.plan.estimate import Range, Rows
-from shikomi.plan.facts import ENOUGH
 from shikomi.plan.hardware import HERE, hardware
 from shikomi.plan.jobs import model_of
-from shikomi.plan.material import Material
 from shikomi.plan.prices import check_currency, check_price
 from shikomi.plan.whole import estimate
 from shikomi.recipe import parse_recipe
 
 if TYPE_CHECKING:
-    from shikomi.plan.advise import Case
+    from shikomi.advise.advice import Case
 
 ROW_TOKENS = 256
 """Of a row that is not there yet: a short question with an answer of a paragraph, as chats and summaries have them."""

@@ -8,17 +8,17 @@ import pytest
 from preference_rows import pairs, thumbs, write
 from running import WORDS
 
+from shikomi.advise.advice import Answer, Case, advise, band, known_answers, titles
+from shikomi.advise.drafts import plain_prompt, prompt_draft, recipe_draft
+from shikomi.advise.expected import Expecting, loadable
+from shikomi.advise.facts import TASKS
+from shikomi.advise.material import Materials, materials
+from shikomi.advise.outcomes import NOT_BUILT, OUTCOMES
+from shikomi.advise.prompting import chosen_shots, measure_prompt
+from shikomi.advise.rules import ADAPTERS
 from shikomi.errors import BadInput
 from shikomi.evaluate.prompts import load_prompt, prompted
 from shikomi.inference import open_model
-from shikomi.plan.advise import Answer, Case, advise, band, known_answers, titles
-from shikomi.plan.drafts import plain_prompt, prompt_draft, recipe_draft
-from shikomi.plan.expected import Expecting, loadable
-from shikomi.plan.facts import TASKS
-from shikomi.plan.material import Materials, materials
-from shikomi.plan.outcomes import NOT_BUILT, OUTCOMES
-from shikomi.plan.prompting import chosen_shots, measure_prompt
-from shikomi.plan.rules import ADAPTERS
 from shikomi.recipe import parse_recipe
 
 ROOMY, NARROW = (lambda method: True), (lambda method: method == "qlora")
@@ -274,7 +274,7 @@ def test_a_prompt_is_measured_as_it_is_written(folder, tiny_llama):
 def test_the_best_of_several_sets_of_shots_is_scored_on_other_rows(folder, tiny_llama, monkeypatch):
     there = given(folder, "classification", "rows")
     ready = open_model(tiny_llama, dtype="fp32")
-    from shikomi.plan import prompting
+    from shikomi.advise import prompting
 
     calls = []
     score = prompting._score
