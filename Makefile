@@ -37,6 +37,10 @@ bench: setup
 	$(PY) benchmarks/memory.py
 	$(PY) benchmarks/sft.py
 	$(PY) benchmarks/preferences.py
+	$(PY) benchmarks/qlora.py
+	$(PY) benchmarks/data_check.py
+	$(PY) benchmarks/plan_time.py
+	$(PY) benchmarks/plan_memory.py
 
 # The generated pages of the guide; a test says when they are behind the source.
 docs: setup
