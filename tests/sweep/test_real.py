@@ -264,7 +264,13 @@ def test_a_child_whose_sweep_is_gone_stops(place):
 def test_how_a_process_ended_is_told(place, monkeypatch, program, kind, message):
     recipe = make_sweep(place / "my.yaml", [], Grid(seeds=(3, 4)), place / "gone").cells[0].recipe
     start = subprocess.Popen
-    monkeypatch.setattr("subprocess.Popen", lambda words, **how: start([words[0], "-c", program], **how))
+
+    def dead(words, **how):
+        child = start([words[0], "-c", program], **how)
+        child.wait()  # before it is told anything
+        return child
+
+    monkeypatch.setattr("subprocess.Popen", dead)
     with pytest.raises(CellFailed) as caught:
         run_in_child(recipe, Silent())
     assert caught.value.kind == kind and message in caught.value.message

@@ -8,7 +8,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -55,7 +55,8 @@ def run_in_child(recipe: Recipe, progress: Progress) -> None:
                 pass  # it died before it read: its output says why
             error = _pass_on(child.stdout, progress)
             code = child.wait()
-            child.stdin.close()
+            with suppress(BrokenPipeError):  # what a dead child did not read is still to be written
+                child.stdin.close()
             child.stdout.close()
         if code == 0:
             return
