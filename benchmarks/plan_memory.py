@@ -299,7 +299,7 @@ def told(cell: Cell) -> str:
 
 
 def report(known: dict[str, dict[str, Any]]) -> None:
-    """Prints every cell and the errors, and writes the table into docs/results.md once the grid is whole."""
+    """Prints every cell and the errors, and writes the table into docs/results.md, also of a part of the grid."""
     here, rows, errors = this_machine(), [], []
     cells = {cell.name: cell for cell in grid()}
     for name, cell in cells.items():
@@ -313,11 +313,12 @@ def report(known: dict[str, dict[str, Any]]) -> None:
     absolute = sorted(map(abs, errors))
     median, p95, low = statistics.median(absolute), absolute[round(0.95 * (len(absolute) - 1))], min(errors)
     asked = f"asked for: {MEDIAN:.0%}, {P95:.0%}, and never more than {TOO_LOW:.0%} too low"
-    text = f"{len(rows)} runs: median error {median:.1%}, 95th percentile {p95:.1%}, most too low {low:+.1%} ({asked})."
+    share = "" if len(rows) == len(cells) else f" of a grid of {len(cells)}, drawn at random"
+    text = f"{len(rows)} runs{share}: median error {median:.1%}, 95th percentile {p95:.1%}, "
+    text += f"most too low {low:+.1%} ({asked})."
     print(text)
-    if len(rows) == len(cells):
-        head = ["run", "rows x tokens in a micro-batch of", "planned MB", "measured MB", "error"]
-        write(f"{machine()}; one thread; {date.today().isoformat()}.\n\n{text}\n\n{table(head, rows)}")
+    head = ["run", "rows x tokens in a micro-batch of", "planned MB", "measured MB", "error"]
+    write(f"{machine()}; one thread; {date.today().isoformat()}.\n\n{text}\n\n{table(head, rows)}")
 
 
 def write(text: str) -> None:
