@@ -15,14 +15,13 @@ import statistics
 import sys
 from dataclasses import asdict, dataclass, field
 from datetime import date
-from math import prod
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from measure import HERE, SHIKOMI, machine, run, table
+from shapes import write_weights
 from shikomi.model.device import choose_dtypes
 from shikomi.plan.estimate import Machine
 from shikomi.plan.jobs import jobs
@@ -170,28 +169,6 @@ def model_folder(name: str) -> str:
     write_weights(folder / "model.safetensors", dict(architecture(config).tensors))
     tiny_tokenizer().save_pretrained(folder)
     return str(folder)
-
-
-def write_weights(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Random bf16 tensors, one at a time: norms near 1, the rest small."""
-    block = (np.random.default_rng(0).normal(0, 0.02, 1 << 20).astype("<f4").view("<u4") >> 16).astype("<u2")
-    one = np.full(1 << 14, 0x3F80, "<u2")
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for tensor, shape in shapes.items():
-        size = 2 * prod(shape)
-        header[tensor] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [offset, offset + size]}
-        offset += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for tensor, shape in shapes.items():
-            source = one if len(shape) == 1 and tensor.endswith("weight") else block
-            left = prod(shape)
-            while left:
-                file.write(source[: min(left, len(source))].tobytes())
-                left -= min(left, len(source))
 
 
 def digits(count: int, chance: random.Random) -> str:

@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from measure import ALLOCATOR, HERE, SHIKOMI, Failed, machine, read_metrics, run, table, write_section
-from sft import BEST, RANK, TEMPLATE, make_adapter, median, peer_command, summary
+from sft import BEST, PLAIN, RANK, TEMPLATE, make_adapter, median, peer_command, summary
 
 BATCH, RATE, BETA, MAX_LENGTH = 2, 5e-5, 0.1, 1024
 CUT = 420  # characters of a text: some 100 tokens
@@ -62,15 +62,9 @@ def write_recipe(path: Path, model: Path, rows: Path, objective: Any, **keys: An
         "objective": objective,
         "chat_template": TEMPLATE,
         "max_length": MAX_LENGTH,
-        "num_train_epochs": 1,
         "batch_size": BATCH,
         "learning_rate": RATE,
-        "lr_scheduler_type": "constant",
-        "warmup_steps": 0,
-        "weight_decay": 0.0,
-        "max_grad_norm": 1.0,
-        "shuffle": False,
-        "save_steps": 1_000_000,
+        **PLAIN,
         **keys,
     }
     path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")

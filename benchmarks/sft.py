@@ -38,6 +38,17 @@ BATCH, RANK, RATE, MAX_LENGTH, MICRO_BATCH_TOKENS = 4, 8, 2e-4, 1024, 2048
 BEST = "bf16" if has_bf16_units() else "fp32"
 SLOW_ROWS = 1  # bf16 without bf16 units takes a minute for a hundred tokens
 
+# What our recipes say so that a run is the peer's: see `settings` in peers/common.py.
+PLAIN = {
+    "num_train_epochs": 1,
+    "lr_scheduler_type": "constant",
+    "warmup_steps": 0,
+    "weight_decay": 0.0,
+    "max_grad_norm": 1.0,
+    "shuffle": False,
+    "save_steps": 1_000_000,
+}
+
 # SmolLM2's own template without the line break after the last turn, which TRL scores as part of the answer and we do
 # not; without it both sides train exactly the same tokens.
 TEMPLATE = (
@@ -110,16 +121,10 @@ def write_recipe(path: Path, adapter: Path, rows: Path) -> None:
         "data": {"train": str(rows), "format": "prompt_completion"},
         "chat_template": TEMPLATE,
         "max_length": MAX_LENGTH,
-        "num_train_epochs": 1,
         "batch_size": BATCH,
         "micro_batch_tokens": MICRO_BATCH_TOKENS,
         "learning_rate": RATE,
-        "lr_scheduler_type": "constant",
-        "warmup_steps": 0,
-        "weight_decay": 0.0,
-        "max_grad_norm": 1.0,
-        "shuffle": False,
-        "save_steps": 1_000_000,
+        **PLAIN,
     }
     path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
 

@@ -87,8 +87,9 @@ def write_weights(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for number, shape in enumerate(shapes.values()):
-            values = np.ones(BLOCK, "<f4") if len(shape) == 1 else np.roll(chance, 7919 * number)
+        for number, (name, shape) in enumerate(shapes.items()):
+            norm = len(shape) == 1 and name.endswith("weight")
+            values = np.ones(BLOCK, "<f4") if norm else np.roll(chance, 7919 * number)
             bf16 = (values.view("<u4") >> 16).astype("<u2")
             for first in range(0, prod(shape), BLOCK):
                 file.write(bf16[: prod(shape) - first].tobytes())
