@@ -137,7 +137,7 @@ def _parquet(path: Path, rows: Rows) -> int:
                 writer.write_table(pyarrow.Table.from_pylist(batch, schema=schema))
                 count += len(batch)
     except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, pyarrow.ArrowNotImplementedError) as error:
-        what = f"a parquet column has one type: {str(error).splitlines()[0]}"
+        what = f"parquet cannot hold these rows: {str(error).splitlines()[0]}"
         raise BadInput([Problem(what, str(path), fix="write jsonl, or leave the column out with --drop")]) from error
     return count
 
