@@ -108,6 +108,24 @@ def test_tokens_are_those_that_are_trained(tmp_path, folder, chat):
     )
 
 
+def test_labels_in_a_prompt_are_those_of_the_training_rows(tmp_path, folder):
+    found = [{"text": "a tool", "label": label} for label in ("admin", "games", "net", "admin")]
+    data = {
+        "train": written(tmp_path / "rows.jsonl", found),
+        "completion": "{label}",
+        "prompt": "One of: {labels}?\n{text}",
+    }
+    as_recipe = load_recipe({"model": str(folder), "data": data, "output_dir": str(tmp_path / "run")})
+    spelled = load_recipe(
+        {
+            "model": str(folder),
+            "data": {**data, "prompt": "One of: admin, games, net?\n{text}"},
+            "output_dir": str(tmp_path / "run"),
+        }
+    )
+    assert jobs(as_recipe)[0].rows == jobs(spelled)[0].rows
+
+
 def test_empty_and_broken_rows_are_refused(tmp_path, folder):
     with pytest.raises(BadInput):
         rows_of(DataSpec(train=(Source(path=written(tmp_path / "no.jsonl", [])),)), "conversations", 64, folder)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from shikomi.data.check import template_labels
 from shikomi.data.conversation import Conversation
 from shikomi.data.findings.lengths import CHARACTERS_PER_TOKEN
 from shikomi.data.messages import content_text
@@ -38,7 +39,8 @@ def rows_of(spec: DataSpec, kind: str, max_length: int, folder: Path | None, cha
                 sample.append(row)
     if not sample:
         raise BadInput([Problem("there are no rows to train on", ", ".join(s.path for s in spec.train))])
-    records = [record for row in sample for record in _parsed(row, spec, kind)]
+    labels = template_labels(spec, None) if kind == "conversations" else spec.labels
+    records = [record for row in sample for record in _parsed(row, spec, kind, labels)]
     lengths = [_lengths(record, kind, count, extra, max_length) for record in records]
     tokens, scored, prompts = (sum(column) for column in zip(*lengths, strict=True))
     validation = spec.validation if isinstance(spec.validation, float) else 0.0
@@ -76,17 +78,17 @@ def _tokenizer(folder: Path | None, chat: str) -> tuple[Count, int, bool]:
     return (lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)), extra, True
 
 
-def _parsed(row: Row, spec: DataSpec, kind: str) -> list[Any]:
+def _parsed(row: Row, spec: DataSpec, kind: str, labels: tuple[str, ...] | None) -> list[Any]:
     """A row as conversations, pairs or judged answers. Raises BadInput."""
     from shikomi.data.formats import parse_row
     from shikomi.data.preferences import parse_pair, parse_thumbs
 
     where = (row.file, row.line)
     if kind == "pairs":
-        return [parse_pair(row.data, spec, where, spec.labels)]
+        return [parse_pair(row.data, spec, where, labels)]
     if kind == "thumbs":
-        return list(parse_thumbs(row.data, spec, where, spec.labels))
-    return [parse_row(row.data, spec, where, spec.labels)]
+        return list(parse_thumbs(row.data, spec, where, labels))
+    return [parse_row(row.data, spec, where, labels)]
 
 
 def _lengths(record: Any, kind: str, count: Count, extra: int, max_length: int) -> tuple[int, int, int]:
