@@ -70,6 +70,13 @@ def tiny_llama(tiny_folder: Callable[..., Path]) -> Path:
     return tiny_folder("llama")
 
 
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a cache of the test's own."""
+    monkeypatch.setenv("SHIKOMI_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
 @pytest.fixture(scope="session")
 def smollm2_folder() -> Path:
     """SmolLM2-135M-Instruct as a transformers folder, converted once into the user's cache."""

@@ -229,12 +229,6 @@ def test_micro_batches_packing_and_prefixes_change_nothing(name, objective):
 
 
 @pytest.fixture
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("SHIKOMI_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-@pytest.fixture
 def rows(tmp_path, cache):
     return write(tmp_path / "pairs.jsonl", pairs())
 

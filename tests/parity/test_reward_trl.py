@@ -4,23 +4,16 @@ import json
 
 import pytest
 import torch
-from datasets import Dataset
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from preference_rows import pairs, write
 from reward_models import by_transformers, conversations
 from running import tiny_recipe
-from tiny_models import save_tiny
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from trl import RewardConfig, RewardTrainer
-from trl_runs import BATCH, RATE, STEPS, TEMPLATE, as_messages, compare, ours
+from trl_runs import BATCH, STEPS, begin, compare, ours, peers
 
 from shikomi.inference import open_reward_model
 from shikomi.run import train
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("SHIKOMI_CACHE", str(tmp_path / "cache"))
 
 
 def classifier(folder):
@@ -30,36 +23,8 @@ def classifier(folder):
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory):
     """(model, adapter): PEFT's own adapter of a classifier, with B and the head moved off their start."""
-    folder = tmp_path_factory.mktemp("begun")
-    model = save_tiny(folder / "model")
-    torch.manual_seed(0)
-    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="SEQ_CLS", modules_to_save=["score"])
-    peft = get_peft_model(classifier(model), config)
-    for name, parameter in peft.named_parameters():
-        if "lora_B" in name or "modules_to_save" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
-    peft.save_pretrained(folder / "adapter")
-    return model, folder / "adapter"
-
-
-def peers(begun, folder, rows, **options) -> list[dict]:
-    model, adapter = begun
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    tokenizer.chat_template = TEMPLATE
-    args = RewardConfig(
-        output_dir=str(folder), per_device_train_batch_size=BATCH, max_steps=STEPS, learning_rate=RATE,
-        lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0, max_grad_norm=1.0, logging_steps=1,
-        report_to=[], save_strategy="no", disable_tqdm=True, use_cpu=True, bf16=False, gradient_checkpointing=False,
-        train_sampling_strategy="sequential", **options,
-    )  # fmt: skip
-    made = RewardTrainer(
-        model=PeftModel.from_pretrained(classifier(model), str(adapter), is_trainable=True),
-        args=args,
-        train_dataset=Dataset.from_list([as_messages(row) for row in rows]),
-        processing_class=tokenizer,
-    )
-    made.train()
-    return [record for record in made.state.log_history if "loss" in record]
+    options = {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
+    return begin(tmp_path_factory.mktemp("begun"), classifier, ("lora_B", "modules_to_save"), **options)
 
 
 def test_twelve_steps_are_those_of_trl(begun, tmp_path, cache):
@@ -67,10 +32,11 @@ def test_twelve_steps_are_those_of_trl(begun, tmp_path, cache):
     keys = {"objective": {"name": "reward", "center_rewards_coefficient": 0.02}}
     got = ours(begun, tmp_path / "a", rows, **keys)
     again = ours(begun, tmp_path / "b", rows, micro_batch_tokens=8, share_prefix=False, **keys)
-    want = peers(begun, tmp_path / "trl", rows, center_rewards_coefficient=0.02)
+    trl = (RewardTrainer, RewardConfig, classifier, begun)
+    want = peers(*trl, tmp_path / "trl", rows, center_rewards_coefficient=0.02)
     compare(got, again, want, ("loss", "margin", "mean_reward", "grad_norm"))
     assert [r["accuracy"] for r in got] == [r["accuracy"] for r in want]
-    plain = peers(begun, tmp_path / "plain", [{k: v for k, v in row.items() if k != "margin"} for row in rows])
+    plain = peers(*trl, tmp_path / "plain", [{k: v for k, v in row.items() if k != "margin"} for row in rows])
     assert abs(plain[0]["loss"] - want[0]["loss"]) > 0.01  # the margins are seen
 
 

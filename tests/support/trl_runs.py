@@ -1,10 +1,15 @@
-"""What runs against TRL share: one template, the settings of our run, rows as TRL takes them, the comparison."""
+"""What runs against TRL share: what both start from, one template, our run and TRL's, the comparison."""
 
 import json
 from pathlib import Path
 
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
 from preference_rows import write
 from running import tiny_recipe
+from tiny_models import save_tiny
+from transformers import AutoTokenizer
 
 from shikomi.run import train
 
@@ -16,6 +21,18 @@ TEMPLATE = (
     "{% if not loop.last or add_generation_prompt %}{{ '\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+
+
+def begin(folder: Path, load, moved: tuple[str, ...], **options) -> tuple[Path, Path]:
+    """(model, adapter): PEFT's adapter of what `load` makes of a tiny model, the parts in `moved` off their start."""
+    model = save_tiny(folder / "model")
+    torch.manual_seed(0)
+    peft = get_peft_model(load(model), LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", **options))
+    for name, parameter in peft.named_parameters():
+        if any(part in name for part in moved):
+            torch.nn.init.normal_(parameter, std=0.05)
+    peft.save_pretrained(folder / "adapter")
+    return model, folder / "adapter"
 
 
 def as_messages(row: dict) -> dict:
@@ -35,6 +52,27 @@ def ours(begun: tuple[Path, Path], run: Path, rows: list[dict], **keys) -> list[
     }  # fmt: skip
     train(tiny_recipe(adapter, rows, run, **(settings | keys)))
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def peers(trainer, config, load, begun: tuple[Path, Path], folder: Path, rows: list[dict], **options) -> list[dict]:
+    """Records of a run of TRL's, from the adapter of (model, adapter) on what `load` makes of the model."""
+    model, adapter = begun
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = TEMPLATE
+    args = config(
+        output_dir=str(folder), per_device_train_batch_size=BATCH, max_steps=STEPS, learning_rate=RATE,
+        lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0, max_grad_norm=1.0, logging_steps=1,
+        report_to=[], save_strategy="no", disable_tqdm=True, use_cpu=True, bf16=False, gradient_checkpointing=False,
+        train_sampling_strategy="sequential", **options,
+    )  # fmt: skip
+    made = trainer(
+        model=PeftModel.from_pretrained(load(model), str(adapter), is_trainable=True),
+        args=args,
+        train_dataset=Dataset.from_list([as_messages(row) for row in rows]),
+        processing_class=tokenizer,
+    )
+    made.train()
+    return [record for record in made.state.log_history if "loss" in record]
 
 
 def compare(got: list[dict], again: list[dict], want: list[dict], names: tuple[str, ...]) -> None:

@@ -1,6 +1,7 @@
 """What every adapter gives and gets: options that attach themselves to a model, and what is then attached."""
 
 import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -114,18 +115,25 @@ class Adapter(Protocol):
         """
 
 
-class Declares(Protocol):
-    """What the options of an adapter say of its costs on a model that is known by its shapes only."""
+class Declares(ABC):
+    """What the options of an adapter say of its costs on a model that is known by its shapes only.
 
+    What is not overridden is that of an adapter beside the base that starts as nothing and reads nothing of it.
+    """
+
+    @abstractmethod
     def trained_shapes(self, model: Shapes) -> dict[str, tuple[int, ...]]:
         """What it would train, by the names of its parameters, as `attach` would; in fp32. Raises BadInput alike."""
 
     def frozen_numbers(self, model: Shapes) -> int:
         """Further numbers in fp32 that it keeps beside the model and does not train."""
+        return 0
 
     @property
     def off_is_start(self) -> bool:
         """Whether the reference of a fresh one is the model with it switched off, and so needs no copy."""
+        return True
 
     def reads(self, model: Shapes) -> Reads:
         """What is kept of the forward for its gradients."""
+        return Reads()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from shikomi.adapters._file import take_over
 from shikomi.adapters._modules import LoraEmbedding, TrainedCopy
 from shikomi.adapters._targets import pattern_of, saved_modules, targets
 from shikomi.errors import BadInput, Problem
@@ -101,7 +102,6 @@ class OnLayers:
 
     def load(self, tensors: dict[str, Tensor], source: str) -> None:
         """Takes over an adapter's tensors; raises BadInput for names or shapes that do not fit this model."""
-        mine = self.parameters()
         for path, module in self.lora.items():  # PEFT saves the base's embedding and head where they are adapted
             saved = tensors.get(f"{PREFIX}{path}.base_layer.weight")
             if saved is not None and saved.shape == module.inner.weight.shape:
@@ -109,22 +109,7 @@ class OnLayers:
                 module.inner.weight.data.copy_(saved)
                 if not isinstance(module, LoraEmbedding):
                     module.base_changed()
-        problems = []
-        for name in sorted(mine.keys() - tensors.keys()):
-            problems.append(Problem(f"the adapter lacks {name}", file=source))
-        for name in sorted(tensors.keys() - mine.keys()):
-            problems.append(Problem(f"the adapter has {name}, which this model has no place for", file=source))
-        for name in sorted(mine.keys() & tensors.keys()):
-            if mine[name].shape != tensors[name].shape:
-                found, want = tuple(tensors[name].shape), tuple(mine[name].shape)
-                problems.append(
-                    Problem(f"{name} has the wrong shape", file=source, found=str(found), allowed=str(want))
-                )
-        if problems:
-            raise BadInput([*problems[:10], Problem("is this an adapter for another base model?", file=source)])
-        with torch.no_grad():
-            for name, parameter in mine.items():
-                parameter.copy_(tensors[name])
+        take_over(self.parameters(), tensors, source)
 
     @contextlib.contextmanager
     def off(self) -> Iterator[None]:

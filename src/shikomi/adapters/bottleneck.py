@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import skip_init
 
-from shikomi.adapters._adapter import Attached, Capabilities, Reads, Shapes
+from shikomi.adapters._adapter import Attached, Capabilities, Declares, Reads, Shapes
+from shikomi.adapters._file import take_over
 from shikomi.adapters._shapes import children_of
 from shikomi.errors import BadInput, Problem
 
@@ -31,7 +32,7 @@ FEED_FORWARDS = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe")
 
 
 @dataclass(frozen=True)
-class Bottleneck:
+class Bottleneck(Declares):
     """h + z + up(f(down(z))) in place of h + z, z the output of a sublayer; the base stays frozen.
 
     down is (hidden / reduction_factor, hidden), up the reverse, both with biases. As AdapterHub's "mam_adapter" start:
@@ -112,13 +113,6 @@ class Bottleneck:
                 name = _one_of(f"{path}.{i}", "this model's layers", children[i], kind)
                 found |= {f"{path}.{i}.{name}.bottleneck.{own}": shape for own, shape in shapes.items()}
         return found
-
-    def frozen_numbers(self, model: Shapes) -> int:
-        return 0
-
-    @property
-    def off_is_start(self) -> bool:
-        return True
 
     def reads(self, model: Shapes) -> Reads:
         """Outputs of the sublayers."""
@@ -269,19 +263,7 @@ class OnBlocks:
 
     def load(self, tensors: dict[str, Tensor], source: str) -> None:
         """Takes over an adapter's tensors; raises BadInput for names or shapes that do not fit this model."""
-        mine = self.parameters()
-        problems = [Problem(f"the adapter lacks {name}", source) for name in sorted(mine.keys() - tensors.keys())]
-        for name in sorted(tensors.keys() - mine.keys()):
-            problems.append(Problem(f"the adapter has {name}, which this model has no place for", source))
-        for name in sorted(mine.keys() & tensors.keys()):
-            found, want = tuple(tensors[name].shape), tuple(mine[name].shape)
-            if found != want:
-                problems.append(Problem(f"{name} has the wrong shape", source, found=str(found), allowed=str(want)))
-        if problems:
-            raise BadInput([*problems[:10], Problem("is this an adapter for another base model?", source)])
-        with torch.no_grad():
-            for name, parameter in mine.items():
-                parameter.copy_(tensors[name])
+        take_over(self.parameters(), tensors, source)
 
     @contextlib.contextmanager
     def off(self) -> Iterator[None]:

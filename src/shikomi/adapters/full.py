@@ -7,13 +7,13 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import nn
 
-from shikomi.adapters._adapter import Attached, Capabilities, Reads, Shapes
+from shikomi.adapters._adapter import Attached, Capabilities, Declares, Reads, Shapes
 from shikomi.errors import BadInput, Problem
 from shikomi.quant._quantized import Quantized
 
 
 @dataclass(frozen=True)
-class Full:
+class Full(Declares):
     """Trains the model's weights, as fp32 masters; what is frozen stays as it is stored."""
 
     name: ClassVar[str] = "full"
@@ -44,9 +44,6 @@ class Full:
         """The trained parameters of the model itself. Raises BadInput where that is nothing."""
         trained = self._trained(list(model.tensors))
         return {name: shape for name, shape in model.tensors.items() if name in trained}
-
-    def frozen_numbers(self, model: Shapes) -> int:
-        return 0
 
     @property
     def off_is_start(self) -> bool:

@@ -10,7 +10,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from shikomi.adapters import _attach
-from shikomi.adapters._adapter import Attached, Capabilities, Reads, Shapes
+from shikomi.adapters._adapter import Attached, Capabilities, Declares, Reads, Shapes
 from shikomi.adapters._modules import LoraEmbedding
 from shikomi.adapters._shapes import lora_shapes, lora_targets
 from shikomi.adapters._start import START, start_factors, taken_correction
@@ -18,7 +18,7 @@ from shikomi.quant._linear import Base, Gradients, LowRank, PlainLinear, apply
 
 
 @dataclass(frozen=True)
-class Lora:
+class Lora(Declares):
     """h = W0 x + (lora_alpha / r) B A x with A (r, in) and B (out, r); W0 stays frozen and B starts at zero.
 
     Field names and meanings are PEFT's `LoraConfig`.

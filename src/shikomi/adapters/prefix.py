@@ -9,13 +9,13 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from shikomi.adapters._adapter import Attached, Capabilities, Reads, Shapes
+from shikomi.adapters._adapter import Attached, Capabilities, Declares, Shapes
 from shikomi.adapters._context import SAVED, OnContext, first_of
 from shikomi.errors import BadInput, Problem
 
 
 @dataclass(frozen=True)
-class Prefix:
+class Prefix(Declares):
     """Every layer attends to [P_K; K] and [P_V; V]; P stands for num_virtual_tokens tokens (section 4.2).
 
     With prefix_projection P = MLP(P') (section 4.3): tanh between two linear maps, shared by all tokens; only the
@@ -73,16 +73,6 @@ class Prefix:
             "transform.2.weight": (wide, hidden),
             "transform.2.bias": (wide,),
         }
-
-    def frozen_numbers(self, model: Shapes) -> int:
-        return 0
-
-    @property
-    def off_is_start(self) -> bool:
-        return True
-
-    def reads(self, model: Shapes) -> Reads:
-        return Reads()
 
     def _start(self, wide: int, narrow: int, hidden: int, seed: int) -> dict[str, Tensor]:
         """Parameters before the first step, drawn in PEFT's order: of `prompt_embeddings`, or of matrix and MLP."""

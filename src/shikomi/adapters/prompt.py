@@ -8,13 +8,13 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from shikomi.adapters._adapter import Attached, Capabilities, Reads, Shapes
+from shikomi.adapters._adapter import Attached, Capabilities, Declares, Shapes
 from shikomi.adapters._context import SAVED, OnContext, first_of
 from shikomi.errors import BadInput, Problem
 
 
 @dataclass(frozen=True)
-class Prompt:
+class Prompt(Declares):
     """The model sees [P; X]: P (num_virtual_tokens, H) is trained, X are the embeddings of the tokens (section 2).
 
     Names and initialisations are those of PEFT's `PromptTuningConfig`.
@@ -63,16 +63,6 @@ class Prompt:
     def trained_shapes(self, model: Shapes) -> dict[str, tuple[int, ...]]:
         """The virtual tokens."""
         return {SAVED: (self.num_virtual_tokens, next(iter(model.embeddings.values()))[1])}
-
-    def frozen_numbers(self, model: Shapes) -> int:
-        return 0
-
-    @property
-    def off_is_start(self) -> bool:
-        return True
-
-    def reads(self, model: Shapes) -> Reads:
-        return Reads()
 
     def _start(self, embedding: nn.Embedding, seed: int, tokenizer: Any) -> Tensor:
         """P (num_virtual_tokens, H) in fp32 before the first step."""

@@ -26,12 +26,6 @@ td.text { max-height: none; }
 """
 
 PAGE = """\
-<header>
-<p>Data check</p>
-<h1>{{ name }}</h1>
-<p>{{ subtitle }}</p>
-</header>
-<main>
 <section class="card verdict {{ outcome }}" aria-label="Verdict"><strong>{{ verdict }}</strong>
 {% for note in notes %}<p>{{ note }}</p>{% endfor %}
 </section>
@@ -77,11 +71,6 @@ PAGE = """\
 <div class="card">{% for line in task.figures %}<p>{{ line }}</p>{% endfor %}</div>
 {% endif %}
 {% endfor %}
-</main>
-<footer>Written by Shikomi. This page holds everything it shows and loads nothing.</footer>
-</div>
-</body>
-</html>
 """
 
 
@@ -94,7 +83,8 @@ def as_page(name: str, found: Sequence[tuple[Task, Checkup]], notes: Sequence[st
         f"{name}: data check",
         PAGE,
         STYLE,
-        name=name,
+        kind="Data check",
+        heading=name,
         subtitle=f"{rows:,} rows",
         outcome="worse" if errors else "" if warnings else "better",
         verdict=verdict,

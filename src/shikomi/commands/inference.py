@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from shikomi.commands.options import Limit, Model, NewTokens, Prompt, Rows, Seed, Temperature, TopP
 from shikomi.commands.output import Device, Dtype, Json, Revision, TokenEnv, emit, one_of, showing, split_list
 from shikomi.errors import BadInput, Problem
 from shikomi.progress import Progress
@@ -75,16 +76,6 @@ Examples:
   shikomi combine runs/a runs/b --weights 1,-0.5 -o a-without-b
   shikomi combine runs/a runs/b runs/c --method ties --density 0.2 --weights 1,1,1 -o all
 """
-
-Model = Annotated[str, typer.Argument(metavar="MODEL|RUN", help="What answers.")]
-Rows = Annotated[Path, typer.Argument(metavar="FILE", help="Rows: jsonl, json, csv or parquet.")]
-NewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")]
-Temperature = Annotated[float, typer.Option(min=0, help="0: the most probable answer; above: sampled.")]
-TopP = Annotated[float, typer.Option(min=0, max=1, help="Sample from the most probable tokens of this mass.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of sampling.")]
-Prompt = Annotated[str | None, typer.Option(help="Template of the question: 'Classify: {text}'.")]
-Completion = Annotated[str | None, typer.Option(help="Template of the reference answer: '{label}'.")]
-Limit = Annotated[int | None, typer.Option(min=1, help="At most this many rows.")]
 
 
 def generate(

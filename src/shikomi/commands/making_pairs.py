@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from shikomi.commands.options import NewTokens, Prompt, Seed
 from shikomi.commands.output import Device, Dtype, Json, Revision, TokenEnv, command_line, emit, showing
 from shikomi.errors import BadInput, Problem
 from shikomi.progress import Progress
@@ -50,12 +51,12 @@ def pairs(
     min_margin: Annotated[float, typer.Option(min=0, help="Leave out pairs whose scores differ by less.")] = 0.0,
     temperature: Annotated[float, typer.Option(min=0, help="Of sampling.")] = 1.0,
     top_p: Annotated[float, typer.Option(min=0, max=1, help="Sample from the likeliest tokens of this mass.")] = 1.0,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")] = 256,
-    prompt: Annotated[str | None, typer.Option(help="Template of the question: 'Classify: {text}'.")] = None,
+    max_new_tokens: NewTokens = 256,
+    prompt: Prompt = None,
     completion: Annotated[str | None, typer.Option(help="Template of the row's answer: '{label}'.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="At most this many prompts.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Answers that are sampled together: the knob of memory.")] = 32,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of sampling.")] = 0,
+    seed: Seed = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",
     revision: Revision = None,

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from shikomi.commands.inference import Completion, Limit, Model, NewTokens, Prompt, Rows, open_named
+from shikomi.commands.inference import open_named
+from shikomi.commands.options import Completion, Limit, Model, NewTokens, Prompt, Rows
 from shikomi.commands.output import Device, Dtype, Json, Revision, TokenEnv, emit, show, showing, split_list
 from shikomi.errors import BadInput, Problem
 

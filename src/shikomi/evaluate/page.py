@@ -1,4 +1,4 @@
-"""The HTML of the report: one page that asks nothing of a network and runs no script."""
+"""What all HTML pages share: style, header and footer; a page asks nothing of a network and runs no script."""
 
 from typing import Any
 
@@ -92,146 +92,39 @@ HEAD = """\
 </head>
 <body>
 <div class="wrap">
-"""
-
-PAGE = """\
 <header>
-<p>Training report</p>
-<h1>{{ name }}</h1>
+<p>{{ kind }}</p>
+<h1>{{ heading }}</h1>
 <p>{{ subtitle }}</p>
 </header>
 <main>
-{% if verdict %}
-<section class="card verdict {{ verdict.outcome }}" aria-label="Verdict">
-<strong>{{ verdict.headline }}</strong>
-<p>{{ verdict.detail }}</p>
-</section>
-{% else %}
-<section class="card verdict" aria-label="Verdict">
-<strong>Not compared with the untouched model.</strong>
-<p>{{ no_verdict }}</p>
-</section>
-{% endif %}
-<dl class="facts">
-{% for label, value in facts %}
-<div class="card"><dt>{{ label }}</dt><dd>{{ value }}</dd></div>
-{% endfor %}
-</dl>
-{% if systems %}
-<h2 id="comparison">Comparison</h2>
-<div class="card scroll" role="region" aria-labelledby="comparison" tabindex="0">
-<table>
-<caption>All systems on the same {{ n }} rows, decoded the same way, with 95% intervals.</caption>
-<thead><tr><th scope="col">System</th>
-{% for column in columns %}<th scope="col" title="{{ column.about }}">{{ column.name }}</th>{% endfor %}
-<th scope="col">Time</th></tr></thead>
-<tbody>
-{% for system in systems %}
-<tr{% if system.trained %} class="trained"{% endif %}><th scope="row">{{ system.name }}</th>
-{% for cell in system.cells %}
-{% if cell %}
-<td><div class="cell"><div class="value"><b>{{ cell.value }}</b><br>
-<span class="muted small">{{ cell.interval }}</span></div>
-<svg viewBox="0 0 100 20" preserveAspectRatio="none" aria-hidden="true">
-<line x1="0" y1="10" x2="100" y2="10" stroke="var(--track)" stroke-width="6" />
-<line x1="{{ cell.low }}" y1="10" x2="{{ cell.high }}" y2="10" stroke-width="6"
- stroke="{% if system.trained %}var(--accent){% else %}var(--faint){% endif %}" />
-<line x1="{{ cell.at }}" y1="3" x2="{{ cell.at }}" y2="17" stroke="var(--ink)" stroke-width="2"
- vector-effect="non-scaling-stroke" />
-</svg></div></td>
-{% else %}
-<td class="muted">not measured</td>
-{% endif %}
-{% endfor %}
-<td class="value">{{ system.seconds }}</td></tr>
-{% endfor %}
-</tbody>
-</table>
-</div>
-{% if gaps %}
-<p class="small muted under">
-{% for gap in gaps %}{{ gap }}<br>{% endfor %}</p>
-{% endif %}
-{% for note in notes %}<p class="small muted">{{ note }}</p>{% endfor %}
-{% endif %}
-<h2 id="loss">Loss</h2>
-<figure class="card chart">
-{% if chart %}<div role="img" aria-label="{{ chart_text }}">{{ chart }}</div>{% endif %}
-<figcaption>{{ chart_text }}</figcaption>
-</figure>
-{% if stages %}
-<h2 id="stages">Stages</h2>
-<div class="card scroll"><table>
-<thead><tr><th scope="col">Stage</th><th scope="col">Steps</th><th scope="col">Final loss</th>
-<th scope="col">Time</th></tr></thead>
-<tbody>
-{% for stage in stages %}
-<tr><th scope="row">{{ stage.name }}</th><td>{{ stage.steps }}</td><td>{{ stage.loss }}</td>
-<td>{{ stage.time }}</td></tr>
-{% endfor %}
-</tbody></table></div>
-{% endif %}
-{% if examples %}
-<h2 id="examples">Examples</h2>
-<p class="small muted">Drawn at random from the test rows. Base is the untouched model, {{ examples_base }}.</p>
-{% if examples_common %}
-<details class="card example"><summary>Every input begins with the same text</summary>
-<p class="text">{{ examples_common }}</p></details>
-{% endif %}
-{% for example in examples %}
-<article class="card example" aria-label="Example {{ loop.index }}">
-<h3>Input</h3>
-<p class="text">{{ example.input }}</p>
-<div class="sides">
-{% for side in example.sides %}
-<div><h3>{{ side.name }}{% if side.mark %}
-<span class="mark {{ side.mark }}">{{ "\u2713 same" if side.mark == "yes" else "\u2717 differs" }}</span>
-{% endif %}</h3>
-<p class="text">{{ side.text }}</p></div>
-{% endfor %}
-</div>
-</article>
-{% endfor %}
-{% endif %}
-{% if costs %}
-<h2 id="cost">{{ "Planned and measured" if planned else "Measured" }}</h2>
-<div class="card scroll"><table>
-<thead><tr><th scope="col">Quantity</th>
-{% if planned %}<th scope="col">Planned</th>{% endif %}
-<th scope="col">Measured</th></tr></thead>
-<tbody>
-{% for cost in costs %}
-<tr><th scope="row">{{ cost.name }}</th>
-{% if planned %}<td>{{ cost.planned }}</td>{% endif %}
-<td>{{ cost.measured }}</td></tr>
-{% endfor %}
-</tbody></table></div>
-{% endif %}
-{% if recipe %}
-<h2 id="recipe">Recipe</h2>
-<div class="card"><pre tabindex="0" aria-label="The recipe">{{ recipe }}</pre></div>
-{% endif %}
-{% if versions %}
-<h2 id="versions">Versions</h2>
-<div class="card scroll"><table><tbody>
-{% for package, version in versions %}
-<tr><th scope="row">{{ package }}</th><td>{{ version }}</td></tr>
-{% endfor %}
-</tbody></table></div>
-{% endif %}
+"""
+
+FOOT = """\
 </main>
-<footer>Written by Shikomi. This page holds everything it shows and loads nothing.
-<code>shikomi explain NAME</code> says what a number means and what is healthy.</footer>
+<footer>Written by Shikomi. This page holds everything it shows and loads nothing.{{ closing }}</footer>
 </div>
 </body>
 </html>
 """
 
 
-def render_page(title: str, body: str, style: str = "", **values: Any) -> str:
+def render_page(
+    title: str,
+    body: str,
+    style: str = "",
+    *,
+    kind: str,
+    heading: str,
+    subtitle: str,
+    closing: str = "",
+    **values: Any,
+) -> str:
     """A page of our own style around a template's text; it asks nothing of a network and runs no script.
 
-    Values are escaped, but for `Markup` of our own making; one that the template names and is not given is an error.
+    `closing` ends the footer. Values are escaped, but for `Markup` of our own making; one that the template names and
+    is not given is an error.
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(HEAD + body).render(title=title, style=Markup(STYLE + style), **values)
+    frame = {"title": title, "style": Markup(STYLE + style), "kind": kind, "heading": heading, "subtitle": subtitle}
+    return environment.from_string(HEAD + body + FOOT).render(frame, closing=closing, **values)

@@ -8,7 +8,8 @@ from markupsafe import Markup
 
 from shikomi.evaluate.explanations import of_metric
 from shikomi.evaluate.loss_picture import describe, inline_svg, loss_svg
-from shikomi.evaluate.page import PAGE, render_page
+from shikomi.evaluate.page import render_page
+from shikomi.evaluate.report_page import CLOSING, PAGE
 from shikomi.evaluate.wording import (
     change,
     change_interval,
@@ -56,10 +57,12 @@ def render_report(name: str, result: Mapping[str, Any], records: Sequence[Mappin
     return render_page(
         f"{name}: training report",
         PAGE,
-        name=name,
+        kind="Training report",
+        heading=name,
+        subtitle=_subtitle(result),
+        closing=CLOSING,
         chart=Markup(inline_svg(loss_svg(records))) if drawn else None,
         chart_text=describe(records),
-        subtitle=_subtitle(result),
         verdict=verdict(evaluation),
         no_verdict="With evaluate and data.test in the recipe, this page says whether training beats a good prompt."
         if not evaluation

@@ -1,6 +1,7 @@
 """Which device a run uses, and in which dtypes it keeps and multiplies numbers there."""
 
 import ctypes
+import functools
 import sys
 from typing import NamedTuple
 
@@ -73,12 +74,25 @@ def cpu_has_bf16() -> bool:
 
 def tune_allocator() -> None:
     """Keeps freed memory in the process: glibc otherwise gives every large tensor back and faults it in again."""
-    if not sys.platform.startswith("linux"):
-        return
-    libc = ctypes.CDLL(None)
-    if not hasattr(libc, "gnu_get_libc_version"):
+    libc = _glibc()
+    if libc is None:
         return
     m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3
     libc.mallopt(m_mmap_threshold, 32 << 20)
     libc.mallopt(m_trim_threshold, 512 << 20)
     libc.mallopt(m_top_pad, 64 << 20)
+
+
+def give_back_freed() -> None:
+    """Gives the pages of freed memory back, for the moments between which different things come and go."""
+    libc = _glibc()
+    if libc is not None:
+        libc.malloc_trim(0)
+
+
+@functools.cache
+def _glibc() -> ctypes.CDLL | None:
+    if not sys.platform.startswith("linux"):
+        return None
+    libc = ctypes.CDLL(None)
+    return libc if hasattr(libc, "gnu_get_libc_version") else None

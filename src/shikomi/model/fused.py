@@ -18,6 +18,7 @@ from shikomi.adapters.bottleneck import AfterSublayer, BottleneckLayer
 from shikomi.model.attention import Layout, Rules
 from shikomi.model.fused_attention import Attend, AttentionHalf, Norm
 from shikomi.model.fused_mlp import Mlp, MlpHalf
+from shikomi.model.keep import Keep
 from shikomi.quant._dense import lay_together
 
 LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
@@ -35,22 +36,26 @@ class Blocks:
 
         `recompute`: in how many layers gate and up are computed again in the backward, or "full": keep only h.
         """
+        learns = torch.is_grad_enabled()
+        keep = Keep(self.storage, apart=learns and recompute != "full")
         for index, (attn, mlp) in enumerate(self.halves):
-            if recompute == "full" and torch.is_grad_enabled():
+            if recompute == "full" and learns:
                 turn = _Turn()
-                parts = (h, attn, mlp, cos, sin, layout, index, True, turn)
+                parts = (h, attn, mlp, keep, cos, sin, layout, index, True, turn)
                 h = checkpoint(self._layer, *parts, use_reentrant=False, context_fn=turn.contexts)
             else:
                 again = recompute == "full" or index < int(recompute)
-                h = self._layer(h, attn, mlp, cos, sin, layout, index, again, _Turn())
+                h = self._layer(h, attn, mlp, keep, cos, sin, layout, index, again, _Turn())
         return h
 
-    def _layer(self, h, attn: AttentionHalf, mlp: MlpHalf, cos, sin, layout, index: int, again: bool, turn) -> Tensor:
+    def _layer(
+        self, h, attn: AttentionHalf, mlp: MlpHalf, keep: Keep, cos, sin, layout, index: int, again: bool, turn
+    ) -> Tensor:
         prefix = layout.prefix[index] if layout.prefix else None
-        z = Attend.apply(h, attn, self.storage, cos, sin, layout, prefix, *attn.trained())
+        z = Attend.apply(h, attn, keep, cos, sin, layout, prefix, *attn.trained())
         h = z if attn.adds_itself else attn.after.added(h, z, self.storage)  # type: ignore[union-attr]
         skips = turn.second and mlp.adds_itself and not mlp.down.needs_output
-        z = Mlp.apply(h, mlp, self.storage, again, skips, *mlp.trained())
+        z = Mlp.apply(h, mlp, keep, again, skips, *mlp.trained())
         return z if mlp.adds_itself else mlp.after.added(h, z, self.storage)  # type: ignore[union-attr]
 
 

@@ -105,19 +105,19 @@ class Attend(torch.autograd.Function):
     """An AttentionHalf on h (T, H)."""
 
     @staticmethod
-    def forward(ctx, h, half, storage, cos, sin, layout, prefix, *trained):  # h (T, H)
+    def forward(ctx, h, half, keep, cos, sin, layout, prefix, *trained):  # h (T, H)
         x = half.norm.forward(h)
         y = compute(half.qkv, x)  # (T, (heads + 2 kv heads) * D)
         raw = y.view(h.shape[0], -1, half.width).transpose(0, 1).contiguous()  # (heads + 2 kv, T, D)
         del x, y
-        kept = raw.to(storage, copy=half.q_norm is not None)
+        kept = keep(raw, copy=True) if half.q_norm is not None else None
         qkv = _rotated(half, raw, cos, sin)
-        if half.q_norm is None:
-            kept = qkv.to(storage)
+        if kept is None:
+            kept = keep(qkv)
         o = _attend(half, qkv, prefix, layout)
         out = compute([half.out], o)
-        z = out.to(storage, copy=True) if half.out.needs_output else None
-        ctx.save_for_backward(h.to(storage), kept, cos, sin, z, prefix)
+        z = keep(out, copy=True) if half.out.needs_output else None
+        ctx.save_for_backward(keep(h), kept, cos, sin, z, prefix)
         ctx.half, ctx.layout, ctx.dtype, ctx.adds = half, layout, h.dtype, half.adds_itself
         return out.add_(h) if ctx.adds else out
 

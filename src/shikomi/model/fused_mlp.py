@@ -45,7 +45,7 @@ class Mlp(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, h, half, storage, again, skips, *trained):
+    def forward(ctx, h, half, keep, again, skips, *trained):
         kept, out, z = None, torch.empty_like(h), None
         if not again:
             kept = compute(half.gate_up, half.norm.forward(h))  # (T, 2 F)
@@ -54,8 +54,8 @@ class Mlp(torch.autograd.Function):
             gate, up = gate_up.chunk(2, dim=-1)
             out[rows] = compute([half.down], F.silu(gate).mul_(up), first)
         if half.down.needs_output:
-            z = out.to(storage, copy=True)
-        ctx.save_for_backward(h.to(storage), None if kept is None else kept.to(storage), z)
+            z = keep(out, copy=True)
+        ctx.save_for_backward(keep(h), None if kept is None else keep(kept), z)
         ctx.half, ctx.dtype, ctx.adds = half, h.dtype, half.adds_itself
         return out.add_(h) if ctx.adds and not skips else out
 

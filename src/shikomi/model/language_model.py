@@ -13,7 +13,7 @@ from shikomi.adapters._modules import TrainedCopy
 from shikomi.data.packing import Packed, with_root
 from shikomi.model import attention, fused
 from shikomi.model.context import alone, batches
-from shikomi.model.device import Dtypes
+from shikomi.model.device import Dtypes, give_back_freed
 from shikomi.model.generate import generate
 from shikomi.model.heads import SCORE, ScalarHead
 from shikomi.model.logprobs import Scored, Shape, log_probabilities
@@ -123,6 +123,7 @@ class LanguageModel:
             rows, scored = self._separate(packed, packed.scored)
         else:
             rows, scored = self.hidden(packed), packed.scored
+        self._give_back()
         return Scored(log_probabilities(rows, scored, packed.targets, self.head, self.shape), packed.segment)
 
     def values(self, packed: Packed, rows: Sequence[int]) -> Tensor:
@@ -142,6 +143,7 @@ class LanguageModel:
 
     def hidden(self, packed: Packed) -> Tensor:
         """Hidden states (T, H) after the final norm of a packed row, on the fused or the packed path."""
+        self._give_back()
         embeds, ahead = self.model.get_input_embeddings()(packed.ids), 0  # (T, H)
         prefix: tuple[Tensor, ...] = ()
         if (context := self.context) is not None:
@@ -163,6 +165,11 @@ class LanguageModel:
                 inputs_embeds=embeds[None], position_ids=packed.positions[None], use_cache=False, packed_layout=plan
             )
         return out.last_hidden_state[0, ahead:]
+
+    def _give_back(self) -> None:
+        """Before the layers and before the head: so that what each of them takes does not add up."""
+        if torch.is_grad_enabled() and self.device.type == "cpu":
+            give_back_freed()
 
     def _separate(self, packed: Packed, wanted: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden states (N, H) of the wanted rows (N,), each chain of segments computed by itself; and their places."""

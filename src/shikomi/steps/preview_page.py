@@ -29,12 +29,6 @@ td.name { white-space: nowrap; }
 """
 
 PAGE = """\
-<header>
-<p>Data preview</p>
-<h1>{{ title }}</h1>
-<p>{{ subtitle }}</p>
-</header>
-<main>
 {% for stage in stages %}
 <h2 id="{{ stage.id }}">{{ stage.heading }}</h2>
 <dl class="facts">
@@ -85,18 +79,14 @@ title="{{ span.ids }}">{{ span.text }}</span>{% endfor %}
 </article>
 {% endfor %}
 {% endfor %}
-</main>
-<footer>Written by Shikomi. This page holds everything it shows and loads nothing.</footer>
-</div>
-</body>
-</html>
 """
 
 
 def as_page(name: str, model: str, stages: Sequence[ShownStage]) -> str:
     """The page: it holds everything it shows."""
     shown = [_page_stage(stage, index) for index, stage in enumerate(stages)]
-    return render_page(f"{name}: data preview", PAGE, STYLE, subtitle=f"model {model}", stages=shown)
+    title = f"{name}: data preview"
+    return render_page(title, PAGE, STYLE, kind="Data preview", heading=title, subtitle=f"model {model}", stages=shown)
 
 
 def _page_stage(stage: ShownStage, index: int) -> dict[str, Any]:

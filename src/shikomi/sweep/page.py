@@ -1,4 +1,4 @@
-"""The HTML of a sweep: one page that asks nothing of a network and runs no script."""
+"""The HTML of a sweep, within the frame that all pages have."""
 
 MORE_STYLE = """
 .wrap { max-width: 90rem; }
@@ -12,12 +12,6 @@ code { font: .86rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace
 """
 
 PAGE = """\
-<header>
-<p>Sweep</p>
-<h1>{{ name }}</h1>
-<p>{{ subtitle }}</p>
-</header>
-<main>
 <section class="card verdict" aria-label="Verdict"><strong>{{ verdict }}</strong>
 {% for line in baselines %}<p>{{ line }}</p>{% endfor %}
 </section>
@@ -62,9 +56,4 @@ PAGE = """\
 <td><code>{% for key, value in changes.items() %}{{ key }}={{ value | tojson }} {% endfor %}</code></td></tr>
 {% endfor %}
 </tbody></table></div>
-</main>
-<footer>Written by Shikomi. This page holds everything it shows and loads nothing.</footer>
-</div>
-</body>
-</html>
 """
