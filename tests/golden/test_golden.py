@@ -1,4 +1,4 @@
-"""Loss and gradient norm of 20 steps of every recipe on a tiny model, as recorded: a change of arithmetic shows here.
+"""Loss and gradient norm of 20 steps of each stage of every recipe on a tiny model: a change of arithmetic shows here.
 
 python tests/golden/test_golden.py records them anew; look at the difference before committing it.
 """
@@ -34,7 +34,7 @@ def test_the_recipe_runs_as_recorded(recipe, tiny_llama, tmp_path, monkeypatch):
     monkeypatch.setenv("SHIKOMI_CACHE", str(tmp_path / "cache"))
     found = curve(recipe, tiny_llama, tmp_path)
     wanted = json.loads(RECORDED.read_text())[recipe]
-    assert len(found) == len(wanted) == 20
+    assert len(found) == len(wanted) and len(found) % 20 == 0
     for step, (got, want) in enumerate(zip(found, wanted, strict=True)):
         assert got == pytest.approx(want, rel=5e-3), f"step {step + 1}"
 
