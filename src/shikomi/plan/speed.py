@@ -28,12 +28,12 @@ FLOP_FULL = 6  # and those of the gradient of the weights
 
 _ROWS, _WIDTH = 1024, 1024  # the shape of a micro-batch's product with a layer of a small model
 _SECONDS = 0.3
-VERSION = 4  # of what is measured; part of the cache's key
+VERSION = 5  # of what is measured; part of the cache's key
 _HEADS, _HEAD, _BLOCK, _STRIP, _VOCABULARY = 9, 64, 128, 32, 32768
 
 
-# rows of a short and of a long micro-batch, width and number of the weights, by device
-_SHAPES = {"cpu": (64, 256, 1024, 24), "cuda": (512, 4096, 4096, 8), "mps": (128, 1024, 2048, 8)}
+# rows of a short and of a long micro-batch, the weights' width, and how many of them in the short and in the long one
+_SHAPES = {"cpu": (64, 512, 1024, 24, 8), "cuda": (512, 4096, 4096, 8, 8), "mps": (128, 1024, 2048, 8, 8)}
 Timer = tuple[Callable[[], None], Callable[[], float]]  # waits for the device, and the clock
 
 
@@ -133,22 +133,22 @@ def _through_weights(
     From products of few and of many rows with more weights than a cache holds: what does not grow with the rows is
     the weights' own.
     """
-    few, many, width, count = _SHAPES.get(device.type, _SHAPES["cpu"])
-    stored = [torch.ones(width, width, dtype=storage, device=device) for _ in range(count)]
+    few, many, width, *counts = _SHAPES.get(device.type, _SHAPES["cpu"])
+    stored = [torch.ones(width, width, dtype=storage, device=device) for _ in range(max(counts))]
     into = torch.empty(width, width, dtype=arithmetic, device=device)
 
-    def seconds(rows: int) -> float:
+    def seconds(rows: int, count: int) -> float:
         x = torch.ones(rows, width, dtype=arithmetic, device=device)
 
         def through() -> None:
-            for weight in stored:
+            for weight in stored[:count]:
                 x @ (weight if storage == arithmetic else into.copy_(weight)).t()
 
-        return _typical(through, timer, 3)
+        return _typical(through, timer, 3) / count
 
-    short, long = seconds(few), seconds(many)
+    short, long = seconds(few, counts[0]), seconds(many, counts[1])
     row = max((long - short) / (many - few), 0.1 * long / many)
-    return 2 * count * width * width / row, count * width * width / max(short - few * row, 0.02 * long)
+    return 2 * width * width / row, width * width / max(short - few * row, 0.02 * long)
 
 
 def _waiting(device: torch.device) -> Callable[[], None]:
