@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -75,7 +76,12 @@ def _tokenizer(folder: Path | None, chat: str) -> tuple[Count, int, bool]:
     template = (folder / "chat_template.jinja").is_file()
     template = template or (config.is_file() and '"chat_template"' in config.read_text(encoding="utf-8"))
     extra = TURN if chat == "always" or (chat == "auto" and template) else 0
-    return (lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)), extra, True
+
+    @functools.cache  # labels and the names of who speaks come again and again
+    def count(text: str) -> int:
+        return len(tokenizer.encode(text, add_special_tokens=False).ids)
+
+    return count, extra, True
 
 
 def _parsed(row: Row, spec: DataSpec, kind: str, labels: tuple[str, ...] | None) -> list[Any]:
