@@ -17,6 +17,7 @@ from shikomi.adapters.full import Full
 from shikomi.adapters.lora import Lora
 from shikomi.data.packing import Example, pack
 from shikomi.model.device import Dtypes
+from shikomi.model.keep import BLOCK
 from shikomi.model.load import wrap
 from shikomi.model.probe import choose_path
 from shikomi.plan import kept
@@ -42,8 +43,10 @@ def saved_bytes(lm) -> float:
 
     def note(tensor):
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own and storage.nbytes() >= 16 * TOKENS:
-            found[storage.data_ptr()] = storage.nbytes()
+        shared = storage.nbytes() >= BLOCK  # by what Keep keeps
+        address, size = (tensor.data_ptr(), tensor.nbytes) if shared else (storage.data_ptr(), storage.nbytes())
+        if storage.data_ptr() not in own and size >= 16 * TOKENS:
+            found[address] = size
             alive.append(tensor)  # so that no other tensor gets its address
         return tensor
 

@@ -166,6 +166,8 @@ def _phases(
     again, whole_layers = layers_again(job, machine, cost, recompute)
     size = machine.storage_bytes if fused else a
     kept_block = tokens.likely * (model.hidden * a if whole_layers else max(widths.gate_up, widths.kept / 2) * size)
+    if fused and not whole_layers and machine.storage != machine.arithmetic:
+        kept_block = max(kept_block, MAPPED_ALONE)  # model/keep.py
     kept_bytes = tokens * activations(job, machine, cost, recompute)
     held = Moving(Component("activations", kept_bytes, "kept for the backward"), kept_block)
     earlier = Range.exact(cost.gradients if micro_batches > 1 else 0)
