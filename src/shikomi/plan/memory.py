@@ -17,21 +17,21 @@ PROCESS = Range(385 << 20, 417 << 20, 480 << 20)  # the interpreter, torch, tran
 TOKENIZER = 18.0  # bytes in memory for a byte of tokenizer.json, both of a run's tokenizers
 TEXT_PER_ENTRY = 70  # bytes of tokenizer.json for an entry of the vocabulary
 QUANT_PROCESS, BITSANDBYTES = 10 << 20, 37 << 20  # loading tensor by tensor; and the library where it is used
-WORKSPACE, WORKSPACE_TOKENS = (
-    12 << 10,
-    4096,
-)  # bytes that matrix products use for a token themselves, and up to how many
+WORKSPACE, WORKSPACE_TOKENS = 4 << 10, 4096  # bytes for a token, of matrix products themselves, and up to how many
 CUDA_PROCESS = Range(400 << 20, 600 << 20, 900 << 20)  # a context with its kernels and workspaces, on the device
 TILE_BYTES, STRIP = 48 << 20, 32  # of model/logprobs.py
 MAPPED_ALONE = 32 << 20  # bytes from which glibc gives a block pages of its own, as model/device.py sets it
 ROWS = 128  # queries of an attention block, as in model/attention.py
-SLACK = {"cpu": Range(1.0, 1.08, 1.2), "cuda": Range(1.0, 1.08, 1.2), "mps": Range(1.0, 1.08, 1.2)}
+SLACK = {"cpu": Range(1.0, 1.0, 1.2), "cuda": Range(1.0, 1.08, 1.2), "mps": Range(1.0, 1.08, 1.2)}
 """What an allocator holds for the bytes that come and go."""
 PINNED = Range(0.0, 1.5, 2.5)
 """Of the largest small block, how many times it does not find its old place: gradients and state now lie there."""
 
-SCATTERED = Range(1.15, 1.45, 1.85)
+SCATTERED = Range(1.1, 1.3, 1.85)
 """The same on a CPU where transformers' own layers are used: what they drop lies between what is kept."""
+
+SCATTERED_AGAIN = Range(1.2, 2.0, 2.6)
+"""The same where such layers are computed again, one after the other, in the backward."""
 
 
 def memory(job: Job, machine: Machine) -> MemoryPlan:
@@ -42,7 +42,7 @@ def memory(job: Job, machine: Machine) -> MemoryPlan:
     recompute = choose_recompute(job, machine, cost, tokens.likely) if job.recompute == "auto" else job.recompute
     phases = _phases(job, machine, cost, tokens, scored, recompute, micro_batches)
     name, moving = max(phases.items(), key=lambda item: _total(item[1]).likely)
-    held = _held(phases, machine, widths_of(job, machine, cost)[1]) - _total(moving).likely
+    held = _held(phases, machine, _slack(job, machine, cost, recompute)) - _total(moving).likely
     allocator = Component("allocator", held.at_least(0), "memory that was freed and is kept to be used again")
     parts = [*_always(job, machine, cost, tokens), *(part.component for part in moving), allocator]
     loading = _loading(job, machine, cost)
@@ -95,13 +95,19 @@ def _total(parts: list[Moving]) -> Range:
     return sum((part.component.bytes for part in parts), Range.exact(0))
 
 
-def _held(phases: dict[str, list[Moving]], machine: Machine, fused: bool) -> Range:
+def _slack(job: Job, machine: Machine, cost: Costs, recompute: str | int) -> Range:
+    """What an allocator takes for small blocks that come and go."""
+    if machine.device != "cpu" or widths_of(job, machine, cost)[1]:
+        return SLACK[machine.device]
+    return SCATTERED_AGAIN if layers_again(job, machine, cost, recompute)[1] else SCATTERED
+
+
+def _held(phases: dict[str, list[Moving]], machine: Machine, slack: Range) -> Range:
     """What the allocator takes for what comes and goes.
 
     glibc keeps small blocks when they are freed, so that their peak and that of large blocks, which are given back, add
     up even where they are at different moments; what stays in between (gradients, state) breaks up the largest.
     """
-    slack = SLACK[machine.device]
     if machine.device != "cpu":
         return max((_total(parts) for parts in phases.values()), key=lambda total: total.likely) * slack
     small, large = Range.exact(0), Range.exact(0)
@@ -110,7 +116,7 @@ def _held(phases: dict[str, list[Moving]], machine: Machine, fused: bool) -> Ran
         large = large.at_least(_total([part for part in parts if part.block >= MAPPED_ALONE]))
     blocks = [part.block for parts in phases.values() for part in parts if part.component.bytes.likely]
     lost = max((block for block in blocks if block < MAPPED_ALONE), default=0.0)
-    return small * (slack if fused else SCATTERED) + large + PINNED * lost
+    return small * slack + large + PINNED * lost
 
 
 def _always(job: Job, machine: Machine, cost: Costs, tokens: Range) -> list[Component]:

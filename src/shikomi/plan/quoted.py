@@ -118,7 +118,8 @@ def verdicts() -> Table:
         rest = f"up to {count(most)} tokens at a time" if most else f"{gb(plan.peak.likely - room)} GB too much"
         if verdict == "no" and most:
             rest = f"not at {LENGTH:,} tokens; {rest}"
-        rows.append((machine.title, f"{said.size} {said.method.name}", verdict, gb(plan.peak.likely), gb(room), rest))
+        sizes = (f"{value / GB:,.2f}" for value in (plan.peak.likely, room))  # some are close
+        rows.append((machine.title, f"{said.size} {said.method.name}", verdict, *sizes, rest))
     return Table(
         "verdicts",
         f"Common statements, at one row of {LENGTH:,} tokens",
