@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,10 @@ from shikomi.errors import BadInput, Stopped
 from shikomi.evaluate.outcomes import label_nll, read_outcomes
 from shikomi.metrics import difference
 from shikomi.metrics.accuracy import Accuracy
+from shikomi.plan.architecture import known
 from shikomi.progress import Silent
 from shikomi.recipe import dump_recipe
+from shikomi.recipe.components import build
 from shikomi.sweep.cells import make_sweep
 from shikomi.sweep.check import check_sweep
 from shikomi.sweep.engine import run_sweep
@@ -277,12 +280,25 @@ def test_how_a_process_ended_is_told(place, monkeypatch, program, kind, message)
     assert caught.value.output == ("what it said" if kind == "ended" else "")
 
 
+def test_places_are_compared_at_equal_parameters(repository, monkeypatch, tmp_path):
+    monkeypatch.chdir(repository)
+    grid = read_grid([], None, repository / "recipes" / "sweeps" / "lora.yaml")
+    sweep = make_sweep(repository / "recipes" / "sweeps" / "sections-short.yaml", [], grid, tmp_path / "out")
+    assert sweep.reference == "r8" and len(sweep.cells) == 12
+    adapters = {cell.name: build("adapters", cell.recipe.adapter) for cell in sweep.cells}
+    shapes = [
+        adapters[name].trained_shapes(known("smollm2-135m")) for name in ("all-linear-r3", "attention-r8", "q-v-r16")
+    ]
+    trained = [sum(prod(shape) for shape in of_one.values()) for of_one in shapes]
+    assert max(trained) < 1.01 * min(trained)
+
+
 def test_the_methods_of_the_repository_are_cells(repository, monkeypatch, tmp_path):
     monkeypatch.chdir(repository)
     grid = read_grid([], None, repository / "recipes" / "sweeps" / "methods.yaml")
     names = [method.name for method in grid.methods]
     assert names == [
-        *("full", "lora-qv-r2", "lora-qv-r8", "lora-r8", "dora", "loraplus"),
+        *("full", "lora-qv-r2", "lora-qv-r8", "lora-r8", "lora-r8-1e-3", "dora", "loraplus"),
         *("galore", "bottleneck", "prefix", "prompt"),
     ]
     sweep = make_sweep(repository / "recipes" / "sections-lora.yaml", [], grid, tmp_path / "out")
