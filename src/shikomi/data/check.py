@@ -49,6 +49,11 @@ def load_conversations(
     return items
 
 
+def shown_labels(spec: DataSpec, labels: tuple[str, ...] | None, kind: str) -> tuple[str, ...] | None:
+    """What `{labels}` stands for in the templates of rows of this kind. Raises BadInput as `template_labels` does."""
+    return template_labels(spec, labels) if kind == "conversations" else labels or spec.labels
+
+
 def template_labels(spec: DataSpec, labels: tuple[str, ...] | None) -> tuple[str, ...] | None:
     """`labels`, or the label set read from the training rows where a template needs one.
 

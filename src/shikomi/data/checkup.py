@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from shikomi.data.check import template_labels
+from shikomi.data.check import shown_labels
 from shikomi.data.encode import Encoder
 from shikomi.data.findings import characters, lengths, private
 from shikomi.data.findings._finding import Finding, Findings
@@ -116,7 +116,7 @@ def checkup(
     state = _State(spec, kind, encoder, max_length if encoder is None else encoder.max_length)
     labels = None
     try:
-        labels = template_labels(spec, None) if kind == "conversations" else spec.labels
+        labels = shown_labels(spec, None, kind)
     except BadInput as error:
         labels = ()
         if not any(problem.file for problem in error.problems):  # a source that is missing is named by the pass

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
-from shikomi.data.check import SCANS, template_labels
+from shikomi.data.check import SCANS, shown_labels
 from shikomi.data.conversation import Conversation
 from shikomi.data.formats import recognise
 from shikomi.data.preferences import Judgement, Preference, recognise_preference
@@ -54,7 +54,7 @@ def kind_of_rows(spec: DataSpec) -> str | None:
 
 def held_rows(spec: DataSpec, kind: str, problems: Problems) -> Iterator[Held]:
     """The good rows of the first source; what is wrong with the others goes to `problems`."""
-    labels = template_labels(spec, None) if kind == "conversations" else spec.labels
+    labels = shown_labels(spec, None, kind)
     scan = SCANS[kind](spec.train, spec, labels)
     for row in rows(spec.train[0], problems):
         try:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from shikomi.data.check import template_labels
+from shikomi.data.check import shown_labels
 from shikomi.data.conversation import Conversation
 from shikomi.data.findings.lengths import CHARACTERS_PER_TOKEN
 from shikomi.data.messages import content_text
@@ -40,7 +40,7 @@ def rows_of(spec: DataSpec, kind: str, max_length: int, folder: Path | None, cha
                 sample.append(row)
     if not sample:
         raise BadInput([Problem("there are no rows to train on", ", ".join(s.path for s in spec.train))])
-    labels = template_labels(spec, None) if kind == "conversations" else spec.labels
+    labels = shown_labels(spec, None, kind)
     records = [record for row in sample for record in _parsed(row, spec, kind, labels)]
     lengths = [_lengths(record, kind, count, extra, max_length) for record in records]
     tokens, scored, prompts = (sum(column) for column in zip(*lengths, strict=True))

@@ -24,14 +24,12 @@ MAPPED_ALONE = 32 << 20  # bytes from which glibc gives a block pages of its own
 ROWS = 128  # queries of an attention block, as in model/attention.py
 SLACK = {"cpu": Range(1.0, 1.0, 1.2), "cuda": Range(1.0, 1.08, 1.2), "mps": Range(1.0, 1.08, 1.2)}
 """What an allocator holds for the bytes that come and go."""
-PINNED = Range(0.0, 1.5, 2.5)
-"""Of the largest small block, how many times it does not find its old place: gradients and state now lie there."""
-
 SCATTERED = Range(1.1, 1.3, 1.85)
 """The same on a CPU where transformers' own layers are used: what they drop lies between what is kept."""
-
 SCATTERED_AGAIN = Range(1.2, 2.0, 2.6)
 """The same where such layers are computed again, one after the other, in the backward."""
+PINNED = Range(0.0, 1.5, 2.5)
+"""Of the largest small block, how many times it does not find its old place: gradients and state now lie there."""
 
 
 def memory(job: Job, machine: Machine) -> MemoryPlan:
@@ -42,7 +40,7 @@ def memory(job: Job, machine: Machine) -> MemoryPlan:
     recompute = choose_recompute(job, machine, cost, tokens.likely) if job.recompute == "auto" else job.recompute
     phases = _phases(job, machine, cost, tokens, scored, recompute, micro_batches)
     name, moving = max(phases.items(), key=lambda item: _total(item[1]).likely)
-    held = _held(phases, machine, _slack(job, machine, cost, recompute)) - _total(moving).likely
+    held = _held(phases, machine, _slack(job, machine, recompute)) - _total(moving).likely
     allocator = Component("allocator", held.at_least(0), "memory that was freed and is kept to be used again")
     parts = [*_always(job, machine, cost, tokens), *(part.component for part in moving), allocator]
     loading = _loading(job, machine, cost)
@@ -95,11 +93,11 @@ def _total(parts: list[Moving]) -> Range:
     return sum((part.component.bytes for part in parts), Range.exact(0))
 
 
-def _slack(job: Job, machine: Machine, cost: Costs, recompute: str | int) -> Range:
+def _slack(job: Job, machine: Machine, recompute: str | int) -> Range:
     """What an allocator takes for small blocks that come and go."""
-    if machine.device != "cpu" or widths_of(job, machine, cost)[1]:
+    if machine.device != "cpu" or is_fused(job):
         return SLACK[machine.device]
-    return SCATTERED_AGAIN if layers_again(job, machine, cost, recompute)[1] else SCATTERED
+    return SCATTERED_AGAIN if layers_again(job, recompute)[1] else SCATTERED
 
 
 def _held(phases: dict[str, list[Moving]], machine: Machine, slack: Range) -> Range:
@@ -137,27 +135,31 @@ def _always(job: Job, machine: Machine, cost: Costs, tokens: Range) -> list[Comp
     ]
 
 
-def widths_of(job: Job, machine: Machine, cost: Costs) -> tuple[kept.Widths, bool]:
-    """What a layer keeps, and whether it is fused."""
-    if job.architecture.path_at(job.max_length) == "fused":
-        return kept.fused(job.architecture, cost.reads, machine.storage != machine.arithmetic), True
-    return kept.own(job.architecture, cost.reads, cost.trained), False
+def is_fused(job: Job) -> bool:
+    """Whether its layers are the fused ones."""
+    return job.architecture.path_at(job.max_length) == "fused"
 
 
-def layers_again(job: Job, machine: Machine, cost: Costs, recompute: str | int) -> tuple[int, bool]:
+def widths_of(job: Job, machine: Machine, cost: Costs) -> kept.Widths:
+    """What a layer keeps."""
+    if is_fused(job):
+        return kept.fused(job.architecture, cost.reads, machine.storage != machine.arithmetic)
+    return kept.own(job.architecture, cost.reads, cost.trained)
+
+
+def layers_again(job: Job, recompute: str | int) -> tuple[int, bool]:
     """In how many layers gate and up are computed again, and whether whole layers are."""
-    fused = widths_of(job, machine, cost)[1]
-    if recompute == "full" or (recompute not in ("none", 0) and not fused):
+    if recompute == "full" or (recompute not in ("none", 0) and not is_fused(job)):
         return job.architecture.layers, True
     return (0 if recompute == "none" else min(int(recompute), job.architecture.layers)), False
 
 
 def activations(job: Job, machine: Machine, cost: Costs, recompute: str | int) -> float:
     """Bytes per token that all layers keep together."""
-    widths, fused = widths_of(job, machine, cost)
+    widths, fused = widths_of(job, machine, cost), is_fused(job)
     size = machine.storage_bytes if fused else machine.arithmetic_bytes
     layers, hidden = job.architecture.layers, job.architecture.hidden
-    again, whole = layers_again(job, machine, cost, recompute)
+    again, whole = layers_again(job, recompute)
     if whole:
         return layers * hidden * machine.arithmetic_bytes + widths.kept * size
     return layers * widths.kept * size + (layers - again) * widths.gate_up * size
@@ -168,12 +170,15 @@ def _phases(
 ) -> dict[str, list[Moving]]:
     """What comes and goes at the moments that can be the peak."""
     model, a = job.architecture, machine.arithmetic_bytes
-    widths, fused = widths_of(job, machine, cost)
-    again, whole_layers = layers_again(job, machine, cost, recompute)
+    widths, fused = widths_of(job, machine, cost), is_fused(job)
+    again, whole_layers = layers_again(job, recompute)
     size = machine.storage_bytes if fused else a
-    kept_block = tokens.likely * (model.hidden * a if whole_layers else max(widths.gate_up, widths.kept / 2) * size)
-    if fused and not whole_layers and machine.storage != machine.arithmetic:
-        kept_block = max(kept_block, MAPPED_ALONE)  # model/keep.py
+    if whole_layers:
+        kept_block = tokens.likely * model.hidden * a
+    elif fused and machine.storage != machine.arithmetic:
+        kept_block = MAPPED_ALONE  # of model/keep.py
+    else:
+        kept_block = tokens.likely * max(widths.gate_up, widths.kept / 2) * size
     kept_bytes = tokens * activations(job, machine, cost, recompute)
     held = Moving(Component("activations", kept_bytes, "kept for the backward"), kept_block)
     earlier = Range.exact(cost.gradients if micro_batches > 1 else 0)
@@ -221,7 +226,7 @@ def _head(job: Job, machine: Machine, cost: Costs, tokens: Range, scored: Range)
 def choose_recompute(job: Job, machine: Machine, cost: Costs, tokens: float) -> str | int:
     """As steps/memory.py chooses it: as few layers as half of the memory that is left allows."""
     free = machine.memory_bytes - cost.weights.likely - cost.adapter - cost.state.device - PROCESS.likely
-    widths, fused = widths_of(job, machine, cost)
+    widths, fused = widths_of(job, machine, cost), is_fused(job)
     excess = tokens * activations(job, machine, cost, "none") - max(0.0, free) / 2
     gate_up = widths.gate_up * machine.storage_bytes * tokens
     if excess <= 0:

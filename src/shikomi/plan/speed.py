@@ -133,8 +133,8 @@ def _through_weights(
     From products of few and of many rows with more weights than a cache holds: what does not grow with the rows is
     the weights' own.
     """
-    few, many, width, *counts = _SHAPES.get(device.type, _SHAPES["cpu"])
-    stored = [torch.ones(width, width, dtype=storage, device=device) for _ in range(max(counts))]
+    few, many, width, short_count, long_count = _SHAPES.get(device.type, _SHAPES["cpu"])
+    stored = [torch.ones(width, width, dtype=storage, device=device) for _ in range(max(short_count, long_count))]
     into = torch.empty(width, width, dtype=arithmetic, device=device)
 
     def seconds(rows: int, count: int) -> float:
@@ -146,7 +146,7 @@ def _through_weights(
 
         return _typical(through, timer, 3) / count
 
-    short, long = seconds(few, counts[0]), seconds(many, counts[1])
+    short, long = seconds(few, short_count), seconds(many, long_count)
     row = max((long - short) / (many - few), 0.1 * long / many)
     return 2 * width * width / row, width * width / max(short - few * row, 0.02 * long)
 

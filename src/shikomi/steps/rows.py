@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from itertools import islice
 
-from shikomi.data.check import SCANS, load_conversations, template_labels
+from shikomi.data.check import SCANS, load_conversations, shown_labels
 from shikomi.data.conversation import Conversation
 from shikomi.data.preferences import Judgement, Preference, recognise_preference
 from shikomi.data.problems import Problems
@@ -26,11 +26,6 @@ def kind_of(stage: Stage) -> str:
 def kind_of_rows(recipe: Recipe) -> str:
     """What the rows of the recipe's own `data` are: that of the first stage which trains on them."""
     return next((kind_of(stage) for stage in recipe.stages if stage.data is None), "conversations")
-
-
-def shown_labels(spec: DataSpec, labels: Labels, kind: str) -> Labels:
-    """What `{labels}` stands for in the templates of these rows."""
-    return template_labels(spec, labels) if kind == "conversations" else labels or spec.labels
 
 
 def split(spec: DataSpec, kind: str, seed: int) -> tuple[Split | None, Split | None]:
