@@ -23,6 +23,7 @@ import torch
 from measure import HERE, SHIKOMI, machine, run, table
 from shapes import write_weights
 from shikomi.model.device import choose_dtypes
+from shikomi.plan.architecture import architecture
 from shikomi.plan.estimate import Machine
 from shikomi.plan.jobs import jobs
 from shikomi.plan.memory import memory
@@ -31,7 +32,10 @@ from shikomi.recipe import load_recipe
 sys.path.insert(0, str(HERE.parent / "tests" / "support"))
 CACHE = HERE / ".cache" / "plan_memory"
 DONE = CACHE / "cells.jsonl"
+MODELS_MADE = CACHE / "models"
 RESULTS = HERE.parent / "docs" / "results.md"
+RECORD = HERE.parent / "tests" / "plan" / "measured.jsonl"
+"""What was measured and what was planned for it: a test plans it again."""
 MARKS = ("<!-- plan_memory -->", "<!-- /plan_memory -->")
 MEDIAN, P95, TOO_LOW = 0.05, 0.12, 0.05  # what is asked of the relative errors
 LONG = 2048
@@ -152,23 +156,25 @@ def grid() -> list[Cell]:
     return cells
 
 
-def model_folder(name: str) -> str:
-    """A folder with random bf16 weights and a small tokenizer; smollm2 is the real one."""
+def model_of(name: str, models: Path) -> str:
+    """A folder with a configuration and a small tokenizer; smollm2 is the real model."""
     if name == "smollm2":
         return name
-    folder = CACHE / "models" / name
-    if (folder / "tokenizer.json").exists():
-        return str(folder)
-    from tiny_models import tiny_tokenizer
+    folder = models / name
+    if not (folder / "tokenizer.json").exists():
+        from tiny_models import tiny_tokenizer
 
-    from shikomi.plan.architecture import architecture
-
-    folder.mkdir(parents=True, exist_ok=True)
-    config = {**MODELS[name], "dtype": "bfloat16"}
-    (folder / "config.json").write_text(json.dumps(config))
-    write_weights(folder / "model.safetensors", dict(architecture(config).tensors))
-    tiny_tokenizer().save_pretrained(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps({**MODELS[name], "dtype": "bfloat16"}))
+        tiny_tokenizer().save_pretrained(folder)
     return str(folder)
+
+
+def make_weights(name: str, models: Path) -> None:
+    """Random ones in bf16, where they are not there yet."""
+    file = Path(model_of(name, models)) / "model.safetensors"
+    if name != "smollm2" and not file.exists():
+        write_weights(file, dict(architecture(MODELS[name]).tensors))
 
 
 def digits(count: int, chance: random.Random) -> str:
@@ -194,13 +200,14 @@ def rows_of(cell: Cell, count: int) -> list[dict[str, Any]]:
     return found
 
 
-def recipe_of(cell: Cell, folder: Path) -> dict[str, Any]:
+def recipe_of(cell: Cell, folder: Path, models: Path) -> dict[str, Any]:
     """The recipe of a cell, its rows written beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
     rows = folder / "rows.jsonl"
     found = rows_of(cell, cell.rows * cell.steps)
     rows.write_text("".join(json.dumps(row) + "\n" for row in found))
     return {
-        "model": model_folder(cell.model),
+        "model": model_of(cell.model, models),
         "quant": cell.quant,
         "adapter": cell.adapter,
         "data": {"train": str(rows)},
@@ -223,9 +230,9 @@ def measured(cell: Cell) -> dict[str, Any]:
     """What `shikomi train` took for the cell, in a process of its own."""
     folder = CACHE / "run"
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    make_weights(cell.model, MODELS_MADE)
     recipe = folder / "recipe.json"
-    recipe.write_text(json.dumps(recipe_of(cell, folder)))
+    recipe.write_text(json.dumps(recipe_of(cell, folder, MODELS_MADE)))
     done = run([SHIKOMI, "train", str(recipe), "--json"])
     result = json.loads((folder / "run" / "result.json").read_text())
     shutil.rmtree(folder)
@@ -246,19 +253,25 @@ def known_cells() -> dict[str, dict[str, Any]]:
     return {Cell(**f["cell"]).name: f for f in found}
 
 
-def planned(cell: Cell, here: Machine) -> float:
-    """Likely peak bytes by the plan, from the recipe of the cell."""
-    folder = CACHE / "planned"
-    folder.mkdir(parents=True, exist_ok=True)
-    (job,) = jobs(load_recipe(recipe_of(cell, folder)))
-    return memory(job, here).peak.likely
+def planned(cell: Cell, arithmetic: str, folder: Path, models: Path) -> float:
+    """Likely peak bytes by the plan, from the recipe of the cell; `arithmetic` is the dtype of the machine's products.
+
+    The machine's memory plays no part, since no cell leaves recomputation to the plan.
+    """
+    (job,) = jobs(load_recipe(recipe_of(cell, folder, models)))
+    return memory(job, Machine("cpu", "cpu", 64 << 30, 64 << 30, "bf16", arithmetic)).peak.likely
 
 
-def this_machine() -> Machine:
-    """This machine's dtypes; its memory plays no part, since no cell leaves recomputation to the plan."""
-    device = torch.device("cpu")
-    arithmetic = "bf16" if choose_dtypes("auto", device).arithmetic == torch.bfloat16 else "fp32"
-    return Machine("this machine", "cpu", 64 << 30, 64 << 30, "bf16", arithmetic)
+def errors_of(errors: list[float]) -> tuple[float, float, float]:
+    """(median, 95th percentile, most too low) of relative errors."""
+    absolute = sorted(map(abs, errors))
+    return statistics.median(absolute), absolute[round(0.95 * (len(absolute) - 1))], min(errors)
+
+
+def changed(cell: Cell) -> dict[str, Any]:
+    """The fields of a cell that are not the usual ones, and its model."""
+    usual = asdict(Cell(cell.model))
+    return {key: value for key, value in asdict(cell).items() if key == "model" or value != usual[key]}
 
 
 def told(cell: Cell) -> str:
@@ -277,18 +290,20 @@ def told(cell: Cell) -> str:
 
 def report(known: dict[str, dict[str, Any]]) -> None:
     """Prints every cell and the errors, and writes the table into docs/results.md, also of a part of the grid."""
-    here, rows, errors = this_machine(), [], []
+    bf16 = choose_dtypes("auto", torch.device("cpu")).arithmetic == torch.bfloat16
+    arithmetic, rows, errors, record = "bf16" if bf16 else "fp32", [], [], []
     cells = {cell.name: cell for cell in grid()}
     for name, cell in cells.items():
         if name not in known:
             continue
-        peak, likely = known[name]["peak"], planned(cell, here)
+        peak, likely = known[name]["peak"], planned(cell, arithmetic, CACHE / "planned", MODELS_MADE)
+        record.append({"cell": changed(cell), "arithmetic": arithmetic, "peak": peak, "planned": round(likely)})
         errors.append(likely / peak - 1)
         size = f"{cell.rows} x {cell.length} in {cell.micro}"
         rows.append([told(cell), size, f"{likely / 1e6:,.0f}", f"{peak / 1e6:,.0f}", f"{errors[-1]:+.1%}"])
         print("  ".join(rows[-1]))
-    absolute = sorted(map(abs, errors))
-    median, p95, low = statistics.median(absolute), absolute[round(0.95 * (len(absolute) - 1))], min(errors)
+    median, p95, low = errors_of(errors)
+    RECORD.write_text("".join(json.dumps(line) + "\n" for line in record))
     asked = f"asked for: {MEDIAN:.0%}, {P95:.0%}, and never more than {TOO_LOW:.0%} too low"
     share = "" if len(rows) == len(cells) else f" of a grid of {len(cells)}, drawn at random"
     text = f"{len(rows)} runs{share}: median error {median:.1%}, 95th percentile {p95:.1%}, "

@@ -14,7 +14,7 @@ from shikomi.advise.expected import Expecting, loadable
 from shikomi.advise.facts import TASKS
 from shikomi.advise.material import Materials, materials
 from shikomi.advise.outcomes import NOT_BUILT, OUTCOMES
-from shikomi.advise.prompting import chosen_shots, measure_prompt
+from shikomi.advise.prompting import Measured, chosen_shots, measure_prompt
 from shikomi.advise.rules import ADAPTERS
 from shikomi.errors import BadInput
 from shikomi.evaluate.prompts import load_prompt, prompted
@@ -109,6 +109,7 @@ def test_without_answers_the_flags_are_named(folder):
     with pytest.raises(BadInput) as caught:
         advise(Case("m", given(folder, "chatbot", "rows")), ROOMY)
     text = str(caught.value)
+    assert len(caught.value.problems) == len({problem.fix for problem in caught.value.problems})
     for flag in ("--task", "--prompt-solves", "--new-knowledge", "--understands", "--checkable", "--yes"):
         assert flag in text
     with pytest.raises(BadInput) as caught:
@@ -289,9 +290,52 @@ def test_the_best_of_several_sets_of_shots_is_scored_on_other_rows(folder, tiny_
     found = measure_prompt(ready.lm, ready.encoder, file, there.get("rows").path, sample=16, shots=3, tries=3)
     choosing, scoring = [c for c in calls if "try" in c[0]], [c for c in calls if "try" not in c[0]]
     assert len(choosing) == 3 and len({str(c[1]) for c in choosing}) == 3 and found.n == 8
+    assert found.notes[0] == "of 3 sets of examples the best on 8 rows; scored on 8 others"
     assert found.file.shots == max(choosing, key=lambda c: c[3])[1]
     for _, _, rows, _ in choosing:
         assert not {id(row) for row in rows} & {id(row) for row in scoring[0][2]}
+
+
+def test_the_prompt_that_was_measured_is_the_one_that_is_written(folder):
+    there = given(folder, "classification", "rows")
+    file = replace(plain_prompt("classification", there, "m"), shots=({"text": "measured", "label": "l1"},))
+    score = {"value": 0.95, "ci95": (0.9, 1.0), "n": 20}
+    measured = Measured("accuracy", 0.9, 20, score | {"value": 0.5}, score, "yes", file)
+    made = advise(Case("m", there, answered(knowledge="no"), measured), ROOMY)
+    assert made.outcomes == ("few-shot",) and "measured" in made.draft.text and not made.draft.notes
+    (note,) = prompt_draft(plain_prompt("chatbot", Materials(), "m")).notes
+    assert "no examples yet" in note
+
+
+@pytest.mark.parametrize("low, expected", [(0.41, "yes"), (0.39, "no")])
+def test_a_model_understands_what_it_clearly_does_better_than_the_most_frequent_label(low, expected):
+    from shikomi.advise.prompting import _understands
+
+    class Labels:
+        def references(self):
+            return ["a", "a", "b", "c", "d"]
+
+    scores = [{"value": 0.5, "ci95": (interval, 0.9), "n": 5} for interval in (0.1, low)]
+    assert _understands(scores, Labels()) == expected
+
+
+def test_preferences_have_betas_and_rates_of_their_own(folder):
+    there = given(folder, "chatbot", "pairs", "thumbs")
+
+    def stage(objective, adapter):
+        (found,) = parse_recipe(recipe_draft((objective,), adapter, there, "m").text).stages
+        return found
+
+    betas = {name: stage(name, "lora").objective.options["beta"] for name in ("dpo", "ipo", "orpo", "kto", "simpo")}
+    assert betas == {"dpo": 0.1, "ipo": 0.1, "orpo": 0.1, "kto": 0.1, "simpo": 2.0}
+    assert stage("dpo", "lora").learning_rate == 5e-5 and stage("orpo", "lora").learning_rate == 1e-4
+    assert stage("dpo", "full").learning_rate == pytest.approx(5e-6)
+
+
+def test_a_test_file_beside_the_rows_is_used(examples):
+    rows = str(examples / "sections/train.jsonl")
+    recipe = parse_recipe(recipe_draft(("lora",), "lora", materials([("rows", rows)]), "m").text)
+    assert [source.path for source in recipe.data.test] == [str(examples / "sections/test.jsonl")]
 
 
 def test_the_plan_says_what_fits_and_what_it_costs(folder, tiny_llama):
@@ -311,7 +355,8 @@ def test_the_plan_says_what_fits_and_what_it_costs(folder, tiny_llama):
     assert loadable("qwen3-8b") == "Qwen/Qwen3-8B" and loadable("smollm2") == "smollm2"
     assert Expecting("rtx-4090").of(recipe_draft(("lora",), "lora", counts, loadable("qwen3-8b"))) == later
     unknown = Expecting("rtx-4090").of(recipe_draft(("lora",), "lora", there, "owner/nobody-knows"))
-    assert unknown.seconds is None and unknown.fits and unknown.notes
+    assert unknown.seconds is None and unknown.fits and unknown.notes and unknown.memory == 0
+    assert unknown.as_dict()["cost"] is None and dear.as_dict()["cost"] == dear.cost.as_dict()
     assert Expecting().of(prompt_draft(plain_prompt("code", Materials(), "m"))) is None
     with pytest.raises(BadInput, match="unknown machine"):
         Expecting("rtx-409").check()

@@ -78,7 +78,7 @@ def test_the_estimate_follows_the_time(examples):
         return 600.0
 
     made = starter(examples / "sections/train.jsonl", "smollm2", seconds_of)
-    assert "about 10 minutes" in made.text.splitlines()[0] + made.text.splitlines()[1]
+    assert "2 passes will take about 10 minutes" in made.text.splitlines()[0] + made.text.splitlines()[1]
     (tokens,) = asked
     # SmolLM2's tokenizer counts 64 tokens of text a row; two passes over 900 rows.
     assert 0.8 < tokens / (2 * 900 * (64 + 15)) < 1.25

@@ -8,8 +8,8 @@ import torch
 from packaging.requirements import Requirement
 
 from shikomi.cli import main
-from shikomi.commands import doctor as command
 from shikomi.doctor import checks, trials, versions
+from shikomi.doctor import examine as command
 from shikomi.doctor.checks import Line
 from shikomi.plan import machine_facts as machine
 from shikomi.plan.machine_facts import Cpu, Limits, Memory, Volume

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,8 @@ TURN = 4  # tokens of a turn in a chat template besides its text and the name of
 TOKENS_PER_TURN = 25  # what a chat template adds to a row
 HUB_ROWS = 10_000  # assumed of a data set on the hub, which is not fetched to plan
 
-Count = Callable[[str], int]
+Count = Callable[[Collection[str]], dict[str, int]]
+"""Tokens of each of some texts."""
 
 
 def rows_of(spec: DataSpec, kind: str, max_length: int, folder: Path | None, chat: str = "auto") -> Rows:
@@ -42,7 +42,9 @@ def rows_of(spec: DataSpec, kind: str, max_length: int, folder: Path | None, cha
         raise BadInput([Problem("there are no rows to train on", ", ".join(s.path for s in spec.train))])
     labels = shown_labels(spec, None, kind)
     records = [record for row in sample for record in _parsed(row, spec, kind, labels)]
-    lengths = [_lengths(record, kind, count, extra, max_length) for record in records]
+    texts = {text for record in records for answer in _answers(record) for side in _texts(answer) for text in side}
+    counted = count(texts | {"user", "assistant"})
+    lengths = [_lengths(record, kind, counted, extra, max_length) for record in records]
     tokens, scored, prompts = (sum(column) for column in zip(*lengths, strict=True))
     validation = spec.validation if isinstance(spec.validation, float) else 0.0
     return Rows(
@@ -60,7 +62,7 @@ def _shared(conversations: list[Conversation], count: Count, extra: int) -> floa
     """Tokens that all rows begin with: an instruction, or a system message."""
     prompts = ["\n".join(_texts(conversation)[0]) for conversation in conversations]
     common = os.path.commonprefix(prompts)
-    tokens = count(common) + extra if common else 0
+    tokens = count({common})[common] + extra if common else 0
     return float(tokens) if tokens >= MIN_SHARED_PREFIX and len(prompts) > 1 else 0.0
 
 
@@ -68,7 +70,7 @@ def _tokenizer(folder: Path | None, chat: str) -> tuple[Count, int, bool]:
     """How to count the tokens of a text, how many a chat template adds to a turn, and whether that is counted."""
     path = None if folder is None else folder / "tokenizer.json"
     if folder is None or path is None or not path.is_file():
-        return (lambda text: round(len(text) / CHARACTERS_PER_TOKEN)), TOKENS_PER_TURN // 4, False
+        return _estimated, TOKENS_PER_TURN // 4, False
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(path))
@@ -77,11 +79,16 @@ def _tokenizer(folder: Path | None, chat: str) -> tuple[Count, int, bool]:
     template = template or (config.is_file() and '"chat_template"' in config.read_text(encoding="utf-8"))
     extra = TURN if chat == "always" or (chat == "auto" and template) else 0
 
-    @functools.cache  # labels and the names of who speaks come again and again
-    def count(text: str) -> int:
-        return len(tokenizer.encode(text, add_special_tokens=False).ids)
+    def count(texts: Collection[str]) -> dict[str, int]:
+        return dict(
+            zip(texts, map(len, tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)), strict=True)
+        )
 
     return count, extra, True
+
+
+def _estimated(texts: Collection[str]) -> dict[str, int]:
+    return {text: round(len(text) / CHARACTERS_PER_TOKEN) for text in texts}
 
 
 def _parsed(row: Row, spec: DataSpec, kind: str, labels: tuple[str, ...] | None) -> list[Any]:
@@ -97,15 +104,19 @@ def _parsed(row: Row, spec: DataSpec, kind: str, labels: tuple[str, ...] | None)
     return [parse_row(row.data, spec, where, labels)]
 
 
-def _lengths(record: Any, kind: str, count: Count, extra: int, max_length: int) -> tuple[int, int, int]:
+def _answers(record: Any) -> Iterable[Conversation]:
+    """The one conversation of a row, or those that a preference compares."""
+    return [record] if isinstance(record, Conversation) else record.answers
+
+
+def _lengths(record: Any, kind: str, tokens: Mapping[str, int], extra: int, max_length: int) -> tuple[int, int, int]:
     """Tokens of a row, those that are trained, and those of its prompt."""
-    answers: Iterable[Conversation] = [record] if isinstance(record, Conversation) else record.answers
     prompt, trained = 0, []
-    for answer in answers:
+    for answer in _answers(record):
         before, after = _texts(answer)
-        names = count("user") * len(before) + count("assistant") * (len(after) > 0) if extra else 0
-        prompt = sum(count(text) + extra for text in before) + names + extra // 2  # the answer's header is no target
-        trained.append(sum(count(text) + 1 for text in after))
+        names = tokens["user"] * len(before) + tokens["assistant"] * (len(after) > 0) if extra else 0
+        prompt = sum(tokens[text] + extra for text in before) + names + extra // 2  # the answer's header is no target
+        trained.append(sum(tokens[text] + 1 for text in after))
     if kind == "conversations":
         length = min(max_length, prompt + trained[0])
         return length, max(0, length - prompt), min(prompt, length)
