@@ -10,6 +10,7 @@ from planted_defects import EXAMPLES, SETS
 
 from shikomi.data import checkup as checkup_module
 from shikomi.data.checkup import checkup
+from shikomi.data.conversation import Conversation
 from shikomi.data.copies import SIMILAR
 from shikomi.data.encode import Encoder
 from shikomi.data.findings import characters, private, sampling
@@ -446,6 +447,23 @@ def test_of_very_many_rows_some_stand_for_others(tmp_path, make_tokenizer, monke
     assert every.lengths["cut_at"]["200"]["rows"] == whole.lengths["cut_at"]["200"]["rows"] == 3
     for key in ("total", "trained", "mean"):
         assert every.lengths[key] == pytest.approx(whole.lengths[key], rel=0.05)
+
+
+def test_how_long_a_row_may_be_is_learned_from_those_that_were_tokenised(monkeypatch):
+    monkeypatch.setattr(sampling, "FIRST_ROWS", 0)
+    sample = sampling.Sample(1000)
+
+    def row(size):
+        return Conversation(({"role": "user", "content": "x" * size},))
+
+    for _ in range(sampling.FEWEST_LONG):
+        assert sample.weight(row(4000)) == 1
+        sample.accept(row(4000), 1000)
+    sample.accept(row(100), 100)  # mostly template
+    assert {sample.weight(row(2700)) for _ in range(sampling.EVERY)} == {0, sampling.EVERY}, "3 bytes a token: it fits"
+    assert sample.weight(row(2800)) == 1
+    sample.accept(row(1000), 1000)
+    assert sample.weight(row(600)) == 1, "with 0.75 bytes a token it may be too long"
 
 
 def test_pairs_that_are_the_same_up_to_max_length(tmp_path, make_tokenizer):

@@ -221,7 +221,7 @@ class _State:
             if isinstance(measured, BadInput):
                 self.problems.add(placed(measured, item.row))
             else:
-                self._sample.accept(item.conversation)
+                self._sample.accept(item.conversation, measured.tokens)
                 self._lengths.add(texts, measured, weight, self._findings)
 
     def _note(self, note: str | None) -> None:

@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from shikomi.data.template import NAME_END, NAME_START, USER_MARK
 from shikomi.errors import BadInput, Problem
@@ -101,14 +101,11 @@ class TextTokenizer:
     def _batch(self, backend: Tokenizer, pieces: list[Piece]) -> list[tuple[np.ndarray, np.ndarray]]:
         if self._needs_anchor:
             return [self._anchored(backend, piece) for piece in pieces]
-        encodings = backend.encode_batch([piece.text for piece in pieces], add_special_tokens=False)
-        return [
-            (
-                np.asarray(e.ids, np.int32),
-                _before(e.offsets, piece.trained) if piece.trained else np.zeros(len(e), bool),
-            )
-            for e, piece in zip(encodings, pieces, strict=True)
-        ]
+        trained = [piece.text for piece in pieces if piece.trained]
+        others = [piece.text for piece in pieces if not piece.trained]
+        placed = iter(backend.encode_batch(trained, add_special_tokens=False))
+        bare = iter(backend.encode_batch_fast(others, add_special_tokens=False))  # without offsets
+        return [_masked(next(placed), piece.trained) if piece.trained else _masked(next(bare)) for piece in pieces]
 
     def _anchored(self, backend: Tokenizer, piece: Piece) -> tuple[np.ndarray, np.ndarray]:
         """For tokenizers that put a space before a text: a piece from the middle is encoded after some
@@ -116,7 +113,7 @@ class TextTokenizer:
         """
         if piece.starts_text or not piece.text:
             e = backend.encode(piece.text, add_special_tokens=False)
-            return np.asarray(e.ids, np.int32), _before(e.offsets, piece.trained)
+            return _masked(e, piece.trained)
         for anchor in _ANCHORS:
             lead = self._ids(anchor)
             e = backend.encode(anchor + piece.text, add_special_tokens=False)
@@ -172,6 +169,12 @@ class TextTokenizer:
 
 def _alias(number: int) -> str:
     return f"{NAME_START}{number}{NAME_END}"
+
+
+def _masked(encoding: Encoding, trained: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Its ids, and which of them start before character `trained`."""
+    mask = _before(encoding.offsets, trained) if trained else np.zeros(len(encoding), bool)
+    return np.asarray(encoding.ids, np.int32), mask
 
 
 def _before(offsets: list[tuple[int, int]], end: int) -> np.ndarray:

@@ -91,14 +91,9 @@ def language_of(words: Sequence[str]) -> str | None:
     if len(words) < FEWEST_WORDS:
         return None
     words = words[:_MOST_WORDS]
-    counts = dict.fromkeys(_FREQUENT, 0)
-    for word in words:
-        if word in _LANGUAGES:
-            for language in _LANGUAGES[word]:
-                counts[language] += 1
-    first, second = sorted(counts, key=lambda language: -counts[language])[:2]
-    sure = counts[first] >= _SURE * len(words) and counts[second] <= 0.6 * counts[first]
-    return first if sure else None
+    counts = Counter(language for word in words if word in _LANGUAGES for language in _LANGUAGES[word])
+    (first, most), (_, second) = [*counts.most_common(2), ("", 0), ("", 0)][:2]
+    return first if most and most >= _SURE * len(words) and second <= 0.6 * most else None
 
 
 class Languages:

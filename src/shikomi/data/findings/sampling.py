@@ -7,14 +7,18 @@ from typing import Any
 from shikomi.data.conversation import Conversation
 from shikomi.data.preferences import Judgement, Preference
 
-FIRST_ROWS = 20_000
+FIRST_ROWS = 5_000
 """Rows from the beginning that are all tokenised."""
 
-EVERY = 5
+EVERY = 10
 """Of the others each so-manieth stands for so many."""
 
-BYTES_PER_TOKEN = 2
-"""Rows of this many bytes for each token of max_length, and more, may be too long: they are all tokenised."""
+BYTES_PER_TOKEN = 2.0
+"""Rows of this many bytes for each token of max_length, and more, may be too long: they are all tokenised. It is three
+quarters of the fewest that were seen, once `FEWEST_LONG` rows of as many bytes as max_length has tokens were."""
+
+FEWEST_LONG = 200
+_MARGIN = 0.75
 
 _TEMPLATE_BYTES = 256
 """What a chat template may add to them."""
@@ -28,7 +32,8 @@ class Sample:
     """
 
     def __init__(self, max_length: int | None) -> None:
-        self._limit = None if max_length is None else BYTES_PER_TOKEN * max_length - _TEMPLATE_BYTES
+        self._max_length = max_length
+        self._fewest, self._long = float("inf"), 0  # bytes a token of long rows, and how many those are
         self._accepted: set[object] = set()
         self._others = 0
         self.rows = self.measured = 0
@@ -45,22 +50,30 @@ class Sample:
         self.measured += weight > 0
         return weight
 
-    def accept(self, record: Any) -> None:
-        """A row that was tokenised."""
-        self._accepted.update(map(_roles, _conversations(record)))
+    def accept(self, record: Any, tokens: int) -> None:
+        """A row that was tokenised, and came to so many."""
+        conversations = _conversations(record)
+        self._accepted.update(map(_roles, conversations))
+        size = max(map(_bytes, conversations))
+        if self._max_length is not None and size >= self._max_length:
+            self._long += 1
+            self._fewest = min(self._fewest, size / tokens)
 
     def note(self) -> str | None:
         """What to say where not every row was tokenised."""
         if self.measured == self.rows:
             return None
-        long = f", every row of {self._limit:,} bytes and more" if self._limit is not None else ""
+        long = ", every row that may be longer than max_length" if self._max_length is not None else ""
         return (
             f"tokens were counted in {self.measured:,} of {self.rows:,} rows: the first {FIRST_ROWS:,}{long}, "
             f"and one in {EVERY} of the others, which stands for {EVERY}"
         )
 
     def _may_be_long(self, conversations: tuple[Conversation, ...]) -> bool:
-        return self._limit is not None and max(map(_bytes, conversations)) >= self._limit
+        if self._max_length is None:
+            return False
+        each = _MARGIN * self._fewest if self._long >= FEWEST_LONG else BYTES_PER_TOKEN
+        return max(map(_bytes, conversations)) >= each * self._max_length - _TEMPLATE_BYTES
 
 
 def _conversations(record: Any) -> tuple[Conversation, ...]:
