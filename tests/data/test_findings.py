@@ -449,21 +449,19 @@ def test_of_very_many_rows_some_stand_for_others(tmp_path, make_tokenizer, monke
         assert every.lengths[key] == pytest.approx(whole.lengths[key], rel=0.05)
 
 
-def test_how_long_a_row_may_be_is_learned_from_those_that_were_tokenised(monkeypatch):
-    monkeypatch.setattr(sampling, "FIRST_ROWS", 0)
+def test_a_row_that_may_be_too_long_is_settled_by_the_tokens_of_its_text(monkeypatch):
+    monkeypatch.setattr(sampling, "FIRST_ROWS", 1)
     sample = sampling.Sample(1000)
 
-    def row(size):
-        return Conversation(({"role": "user", "content": "x" * size},))
+    def weight(size):
+        return sample.weight(Conversation(({"role": "user", "content": "x" * size},)))
 
-    for _ in range(sampling.FEWEST_LONG):
-        assert sample.weight(row(4000)) == 1
-        sample.accept(row(4000), 1000)
-    sample.accept(row(100), 100)  # mostly template
-    assert {sample.weight(row(2700)) for _ in range(sampling.EVERY)} == {0, sampling.EVERY}, "3 bytes a token: it fits"
-    assert sample.weight(row(2800)) == 1
-    sample.accept(row(1000), 1000)
-    assert sample.weight(row(600)) == 1, "with 0.75 bytes a token it may be too long"
+    assert weight(9) == 1
+    sample.accept(Conversation(({"role": "user", "content": "x"},)))
+    assert {weight(1743) for _ in range(sampling.EVERY)} == {0, sampling.EVERY}
+    assert weight(1744) == sampling.MAYBE
+    assert sample.settle(873) == 1
+    assert sorted(sample.settle(872) for _ in range(sampling.EVERY)) == [*[0] * (sampling.EVERY - 1), sampling.EVERY]
 
 
 def test_pairs_that_are_the_same_up_to_max_length(tmp_path, make_tokenizer):

@@ -20,7 +20,7 @@ from shikomi.data.findings.formats import FormatProblems
 from shikomi.data.findings.labels import Labels
 from shikomi.data.findings.languages import Languages
 from shikomi.data.findings.preferences import Preferences
-from shikomi.data.findings.sampling import Sample
+from shikomi.data.findings.sampling import MAYBE, Sample, longest_text
 from shikomi.data.preference_scan import PairPass, ThumbPass
 from shikomi.data.preferences import Judgement, Preference
 from shikomi.data.scan import BATCH, Item, Pass, Scan, placed
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from shikomi.recipe import DataSpec, Source
 
 
-_Rows = list[tuple[Item[Any], Texts, int]]  # the last is how many rows it stands for
-_Measuring = tuple[_Rows, "Future[list[lengths.Measured | BadInput]]"]
+_Weighted = tuple[Item[Any], Texts, int]  # the last is how many rows it stands for
+_Measured = list[tuple[_Weighted, lengths.Measured | BadInput]]
 
 
 class _AllPairs(PairPass):
@@ -157,18 +157,17 @@ class _State:
         reader = Reader(self._spec, role, self._kind, len(self._index))
         # Tokenising leaves the interpreter for most of its time: the next rows are looked at meanwhile.
         with ThreadPoolExecutor(1) as side:
-            waiting: list[_Measuring] = []
+            waiting: list[Future[_Measured]] = []
             for batch in _batches(scan):
                 texts = [reader.read(item) for item in batch]
                 kept = [pair for pair in zip(batch, texts, strict=True) if self._look(*pair, role)]
                 if role == "train":
-                    measured = self._weighted(kept)
-                    waiting.append((measured, side.submit(self._measured, scan, measured)))
+                    waiting.append(side.submit(self._measure, scan, self._weighted(kept)))
                 if len(waiting) > 1:
-                    self._add_lengths(*waiting.pop(0))
+                    self._add_lengths(waiting.pop(0).result())
                 progress.tick(scan.report.rows, 0, f"{role} rows checked")
             for measuring in waiting:
-                self._add_lengths(*measuring)
+                self._add_lengths(measuring.result())
         report = scan.report
         self._out.rows[role], self._out.formats[role] = report.rows, report.formats
         if report.unused:
@@ -203,25 +202,31 @@ class _State:
             return self._preferences.add(texts, record, role, findings)
         return True
 
-    def _weighted(self, rows: list[tuple[Item[Any], Texts]]) -> _Rows:
-        """The rows that are measured: without a tokenizer all."""
+    def _weighted(self, rows: list[tuple[Item[Any], Texts]]) -> list[_Weighted]:
+        """The rows with their weights: without a tokenizer 1 for each."""
         if self._encoder is None:
             return [(item, texts, 1) for item, texts in rows]
-        weighted = ((item, texts, self._sample.weight(item.conversation)) for item, texts in rows)
-        return [row for row in weighted if row[2]]
+        return [(item, texts, self._sample.weight(item.conversation)) for item, texts in rows]
 
-    def _measured(self, scan: Pass[Any, Any], rows: _Rows) -> list[lengths.Measured | BadInput]:
+    def _measure(self, scan: Pass[Any, Any], rows: list[_Weighted]) -> _Measured:
+        """The lengths of rows that have a weight; on the side, so that it touches nothing else."""
         if self._encoder is None:
-            return [lengths.estimate(texts, self._lengths.max_length) for _, texts, _ in rows]
-        encoded = scan.encode(self._encoder, [item.conversation for item, _, _ in rows])
-        return [result if isinstance(result, BadInput) else lengths.measure(result) for result in encoded]
+            return [(row, lengths.estimate(row[1], self._lengths.max_length)) for row in rows]
+        counted = iter(self._encoder.count([longest_text(item.conversation) for item, _, w in rows if w == MAYBE]))
+        settled = ((item, texts, self._sample.settle(next(counted)) if w == MAYBE else w) for item, texts, w in rows)
+        kept = [row for row in settled if row[2]]
+        encoded = scan.encode(self._encoder, [item.conversation for item, _, _ in kept])
+        return [
+            (row, e if isinstance(e, BadInput) else lengths.measure(e)) for row, e in zip(kept, encoded, strict=True)
+        ]
 
-    def _add_lengths(self, rows: _Rows, measuring: Future[list[lengths.Measured | BadInput]]) -> None:
-        for (item, texts, weight), measured in zip(rows, measuring.result(), strict=True):
+    def _add_lengths(self, rows: _Measured) -> None:
+        self._sample.measured += len(rows)
+        for (item, texts, weight), measured in rows:
             if isinstance(measured, BadInput):
                 self.problems.add(placed(measured, item.row))
             else:
-                self._sample.accept(item.conversation, measured.tokens)
+                self._sample.accept(item.conversation)
                 self._lengths.add(texts, measured, weight, self._findings)
 
     def _note(self, note: str | None) -> None:

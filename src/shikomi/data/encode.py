@@ -151,6 +151,10 @@ class Encoder:
             )
         return False
 
+    def count(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of texts by themselves, without a template."""
+        return [len(e) for e in self._tokens.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
     def encode(self, conversation: Conversation) -> Encoded:
         """One row. Raises BadInput when the template refuses it."""
         result = self.encode_many([conversation])[0]

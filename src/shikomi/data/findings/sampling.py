@@ -13,15 +13,15 @@ FIRST_ROWS = 5_000
 EVERY = 10
 """Of the others each so-manieth stands for so many."""
 
-BYTES_PER_TOKEN = 2.0
-"""Rows of this many bytes for each token of max_length, and more, may be too long: they are all tokenised. It is three
-quarters of the fewest that were seen, once `FEWEST_LONG` rows of as many bytes as max_length has tokens were."""
-
-FEWEST_LONG = 200
-_MARGIN = 0.75
+BYTES_PER_TOKEN = 2
+"""Rows of this many bytes for each token of max_length, and more, may be too long: the tokens of their text are
+counted, and those that come near max_length are tokenised as they are trained on."""
 
 _TEMPLATE_BYTES = 256
 """What a chat template may add to them."""
+
+MAYBE = -1
+"""The weight of a row that may be too long."""
 
 
 class Sample:
@@ -33,37 +33,37 @@ class Sample:
 
     def __init__(self, max_length: int | None) -> None:
         self._max_length = max_length
-        self._fewest, self._long = float("inf"), 0  # bytes a token of long rows, and how many those are
         self._accepted: set[object] = set()
-        self._others = 0
+        self._others = {0: 0, MAYBE: 0}  # rows that are not long, by what they were taken for
         self.rows = self.measured = 0
 
     def weight(self, record: Any) -> int:
-        """The weight of the next row."""
+        """The weight of the next row; MAYBE where `settle` gives it."""
         self.rows += 1
         conversations = _conversations(record)
-        weight = 1
-        known = all(_roles(conversation) in self._accepted for conversation in conversations)
-        if self.rows > FIRST_ROWS and known and not self._may_be_long(conversations):
-            self._others += 1
-            weight = EVERY if self._others % EVERY == EVERY // 2 else 0
-        self.measured += weight > 0
-        return weight
+        if self.rows <= FIRST_ROWS or not all(_roles(conversation) in self._accepted for conversation in conversations):
+            return 1
+        return MAYBE if self._may_be_long(conversations) else self._one_in_many(0)
 
-    def accept(self, record: Any, tokens: int) -> None:
-        """A row that was tokenised, and came to so many."""
-        conversations = _conversations(record)
-        self._accepted.update(map(_roles, conversations))
-        size = max(map(_bytes, conversations))
-        if self._max_length is not None and size >= self._max_length:
-            self._long += 1
-            self._fewest = min(self._fewest, size / tokens)
+    def settle(self, tokens: int) -> int:
+        """The weight of a row that was MAYBE, from the tokens of its text without a template."""
+        if self._max_length is not None and tokens + _TEMPLATE_BYTES // BYTES_PER_TOKEN > self._max_length:
+            return 1
+        return self._one_in_many(MAYBE)
+
+    def _one_in_many(self, kind: int) -> int:
+        self._others[kind] += 1
+        return EVERY if self._others[kind] % EVERY == EVERY // 2 else 0
+
+    def accept(self, record: Any) -> None:
+        """A row that was tokenised."""
+        self._accepted.update(map(_roles, _conversations(record)))
 
     def note(self) -> str | None:
         """What to say where not every row was tokenised."""
-        if self.measured == self.rows:
+        if self.measured >= self.rows:
             return None
-        long = ", every row that may be longer than max_length" if self._max_length is not None else ""
+        long = ", every row that is about as long as max_length or longer" if self._max_length is not None else ""
         return (
             f"tokens were counted in {self.measured:,} of {self.rows:,} rows: the first {FIRST_ROWS:,}{long}, "
             f"and one in {EVERY} of the others, which stands for {EVERY}"
@@ -72,8 +72,12 @@ class Sample:
     def _may_be_long(self, conversations: tuple[Conversation, ...]) -> bool:
         if self._max_length is None:
             return False
-        each = _MARGIN * self._fewest if self._long >= FEWEST_LONG else BYTES_PER_TOKEN
-        return max(map(_bytes, conversations)) >= each * self._max_length - _TEMPLATE_BYTES
+        return max(map(_bytes, conversations)) >= BYTES_PER_TOKEN * self._max_length - _TEMPLATE_BYTES
+
+
+def longest_text(record: Any) -> str:
+    """All that is said in a row; of a preference with its longest answer."""
+    return max(("\n".join(_texts(conversation)) for conversation in _conversations(record)), key=len)
 
 
 def _conversations(record: Any) -> tuple[Conversation, ...]:
@@ -86,7 +90,11 @@ def _roles(conversation: Conversation) -> object:
     return turns, tools, conversation.text is None, conversation.completion_from
 
 
-def _bytes(conversation: Conversation) -> int:
+def _texts(conversation: Conversation) -> list[str]:
     texts = [str(message.get("content") or "") for message in conversation.messages]
-    texts = texts or [conversation.text or "", *(conversation.plain or ())]
+    return texts or [conversation.text or "", *(conversation.plain or ())]
+
+
+def _bytes(conversation: Conversation) -> int:
+    texts = _texts(conversation)
     return sum(len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass")) for text in texts)
