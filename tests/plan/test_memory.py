@@ -7,7 +7,7 @@ from math import prod
 import numpy as np
 import pytest
 import torch
-from plan_jobs import job_of
+from plan_jobs import CONFIG, job_of
 from tiny_models import ARCHITECTURES, tiny_config
 from transformers import AutoModelForCausalLM
 
@@ -205,3 +205,21 @@ def test_where_offloaded_state_is():
     host = build("optim", ComponentSpec(name="offload"))
     assert host.places(shapes, "cuda").host == pytest.approx(808_000, abs=16)
     assert host.places(shapes, "cpu").device == pytest.approx(808_000, abs=16)
+
+
+def test_disk_holds_the_checkpoints_that_are_kept_and_one_more():
+    def disk(**more):
+        return memory(job_of("full", steps=100, **more), CPU).disk
+
+    one = 3 * 4 * architecture(CONFIG).parameters  # weights and two moments in fp32
+    rest = disk(save_steps=10, save_total_limit=1) - 2 * one
+    assert rest.low == rest.high == pytest.approx(2 * architecture(CONFIG).parameters + (4 << 20), rel=1e-3)
+    for more, (low, likely, high) in (
+        ({"save_steps": 10, "save_total_limit": 2}, (3, 3, 3)),
+        ({"save_steps": 10, "save_total_limit": None}, (11, 11, 11)),
+        ({"save_steps": 60, "save_total_limit": 2}, (2, 2, 2)),
+        ({"save_total_limit": 3}, (2, 3, 4)),
+        ({"save_total_limit": None}, (2, 3, 101)),
+    ):
+        found = disk(**more) - rest
+        assert (found.low / one, found.likely / one, found.high / one) == pytest.approx((low, likely, high), rel=1e-3), more

@@ -113,6 +113,7 @@ class Job:
     reference: str = "live"  # of objectives with one: "live" or "precompute"
     fresh: bool = True  # the adapter was never trained before this stage
     new_tokens: int = 0
+    save_steps: int | None = None  # None: by the clock
     save_total_limit: int | None = 2
     save_dtype: str = "bf16"
     evaluates: bool = False  # rows are scored besides training: validation, or a comparison

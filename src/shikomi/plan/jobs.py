@@ -139,6 +139,7 @@ def job_of(recipe: Recipe, stage: Stage, model: Model, rows: Rows, objective: An
         reference=stage.reference,
         fresh=not model.continued if first else stage.previous_adapter != "continue",
         new_tokens=len(recipe.new_tokens),
+        save_steps=stage.save_steps,
         save_total_limit=stage.save_total_limit,
         save_dtype=recipe.save_dtype,
         evaluates=bool(recipe.evaluate or recipe.data_of(stage).validation),

@@ -268,6 +268,7 @@ def _disk(job: Job, cost: Costs, final: int) -> Range:
     """Checkpoints that are kept and the one that is being written, each with the optimizer's state; and `final/`."""
     one = 4 * sum(prod(shape) for shape in cost.trained.values()) + job.optim.places(cost.trained, "cpu").device
     one += cost.state.disk
-    count = max(1, job.steps // 1) if job.save_total_limit is None else job.save_total_limit
-    kept_now = Range(1, min(2.0, count), count) + 1
+    most = max(1, job.steps // (job.save_steps or 1))
+    count = float(most if job.save_total_limit is None else min(most, job.save_total_limit))
+    kept_now = (Range(1, min(2.0, count), count) if job.save_steps is None else Range.exact(count)) + 1
     return kept_now * one + final + cost.state.disk + (4 << 20)
