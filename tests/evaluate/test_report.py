@@ -82,7 +82,7 @@ def test_the_page_says_what_the_run_was() -> None:
         "1.5 GB",
         "2 min 57 s",
         "5 min 01 s",
-        "layers recomputed",
+        "Layers recomputed",
         "smollm2 with lora on cpu",
         "2,442,240 trained parameters",
         "model: smollm2\nlr: <1>",

@@ -30,6 +30,8 @@ _COSTS = (
     ("tokens_per_second", "Tokens per second", lambda value: f"{value:,.0f}"),
     ("training_seconds", "Training time", duration),
     ("wall_seconds", "Whole run", duration),
+    ("trainable_parameters", "Trained parameters", lambda value: f"{value:,}"),
+    ("total_parameters", "All parameters", lambda value: f"{value:,}"),
 )
 
 
@@ -128,7 +130,7 @@ def _costs(result: Mapping[str, Any]) -> list[dict[str, str]]:
     ]
     known = {key for key, _, _ in _COSTS}
     rows += [
-        {"name": key.replace("_", " "), "planned": str(value), "measured": "\u2013"}
+        {"name": key.replace("_", " ").capitalize(), "planned": str(value), "measured": "\u2013"}
         for key, value in planned.items()
         if key not in known and isinstance(value, str | int | float)
     ]
