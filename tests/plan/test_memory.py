@@ -222,4 +222,6 @@ def test_disk_holds_the_checkpoints_that_are_kept_and_one_more():
         ({"save_total_limit": None}, (2, 3, 101)),
     ):
         found = disk(**more) - rest
-        assert (found.low / one, found.likely / one, found.high / one) == pytest.approx((low, likely, high), rel=1e-3), more
+        assert (found.low / one, found.likely / one, found.high / one) == pytest.approx(
+            (low, likely, high), rel=1e-3
+        ), more
