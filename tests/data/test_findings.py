@@ -460,8 +460,11 @@ def test_a_row_that_may_be_too_long_is_settled_by_the_tokens_of_its_text(monkeyp
     sample.accept(Conversation(({"role": "user", "content": "x"},)))
     assert {weight(1743) for _ in range(sampling.EVERY)} == {0, sampling.EVERY}
     assert weight(1744) == sampling.MAYBE
-    assert sample.settle(873) == 1
-    assert sorted(sample.settle(872) for _ in range(sampling.EVERY)) == [*[0] * (sampling.EVERY - 1), sampling.EVERY]
+    tools = Conversation(({"role": "user", "content": "x" * 1744},), tools=[{"name": "f"}])
+    sample.accept(tools)
+    assert sample.weight(tools) == 1, "what a template makes of tools is not in the text"
+    assert sample.settle(745) == 1
+    assert sorted(sample.settle(744) for _ in range(sampling.EVERY)) == [*[0] * (sampling.EVERY - 1), sampling.EVERY]
 
 
 def test_pairs_that_are_the_same_up_to_max_length(tmp_path, make_tokenizer):

@@ -7,10 +7,10 @@ from typing import Any
 from shikomi.data.conversation import Conversation
 from shikomi.data.preferences import Judgement, Preference
 
-FIRST_ROWS = 5_000
+FIRST_ROWS = 20_000
 """Rows from the beginning that are all tokenised."""
 
-EVERY = 10
+EVERY = 5
 """Of the others each so-manieth stands for so many."""
 
 BYTES_PER_TOKEN = 2
@@ -18,7 +18,7 @@ BYTES_PER_TOKEN = 2
 counted, and those that come near max_length are tokenised as they are trained on."""
 
 _TEMPLATE_BYTES = 256
-"""What a chat template may add to them."""
+"""What a chat template may add to them, and so as many tokens at most; tools are not counted so."""
 
 MAYBE = -1
 """The weight of a row that may be too long."""
@@ -43,11 +43,13 @@ class Sample:
         conversations = _conversations(record)
         if self.rows <= FIRST_ROWS or not all(_roles(conversation) in self._accepted for conversation in conversations):
             return 1
-        return MAYBE if self._may_be_long(conversations) else self._one_in_many(0)
+        if not self._may_be_long(conversations):
+            return self._one_in_many(0)
+        return 1 if any(conversation.tools for conversation in conversations) else MAYBE
 
     def settle(self, tokens: int) -> int:
         """The weight of a row that was MAYBE, from the tokens of its text without a template."""
-        if self._max_length is not None and tokens + _TEMPLATE_BYTES // BYTES_PER_TOKEN > self._max_length:
+        if self._max_length is not None and tokens + _TEMPLATE_BYTES > self._max_length:
             return 1
         return self._one_in_many(MAYBE)
 
