@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from shikomi.data.checkup import checkup
 from shikomi.data.conversation import Conversation
 from shikomi.data.copies import SIMILAR
 from shikomi.data.encode import Encoder
-from shikomi.data.findings import characters, private, sampling
+from shikomi.data.findings import characters, private, sampling, tokens
 from shikomi.data.findings._finding import Findings, excerpt
 from shikomi.data.findings._texts import Reader
 from shikomi.data.findings.answers import AnswerChecks, is_placeholder
@@ -463,8 +464,32 @@ def test_a_row_that_may_be_too_long_is_settled_by_the_tokens_of_its_text(monkeyp
     tools = Conversation(({"role": "user", "content": "x" * 1744},), tools=[{"name": "f"}])
     sample.accept(tools)
     assert sample.weight(tools) == 1, "what a template makes of tools is not in the text"
-    assert sample.settle(745) == 1
-    assert sorted(sample.settle(744) for _ in range(sampling.EVERY)) == [*[0] * (sampling.EVERY - 1), sampling.EVERY]
+    settled = sampling.Settled(1000)
+    assert settled.weight(745) == 1
+    assert sorted(settled.weight(744) for _ in range(sampling.EVERY)) == [*[0] * (sampling.EVERY - 1), sampling.EVERY]
+
+
+@pytest.mark.parametrize("kind", ["conversations", "pairs"])
+def test_tokens_counted_in_another_process_are_the_same(tmp_path, make_tokenizer, monkeypatch, kind):
+    started = []
+    monkeypatch.setattr(tokens, "ProcessPoolExecutor", lambda *args: started.append(args) or ProcessPoolExecutor(*args))
+    monkeypatch.setattr(tokens, "MANY_ROWS", 30)
+    monkeypatch.setattr(sampling, "FIRST_ROWS", 20)
+    monkeypatch.setattr(checkup_module, "BATCH", 8)
+    answer = {"conversations": "completion", "pairs": "chosen"}[kind]
+    rows = [{"prompt": f"question {n:03d}", answer: f"the answer {n:03d}"} for n in range(120)]
+    if kind == "pairs":
+        rows = [row | {"rejected": "no"} for row in rows]
+    rows[100] |= {answer: "word " * 250}
+    for n in range(60, 80):
+        rows[n] |= {answer: "word " * 180}  # longer in bytes than what is surely short, and settled by tokens
+    rows[90]["system"] = "which this template refuses"
+    spec = DataSpec(train=(jsonl(tmp_path / "rows.jsonl", rows),))
+    encoder = Encoder(make_tokenizer("gemma"), max_length=400)
+    here, there = (checkup(spec, kind, encoder, processes=allowed) for allowed in (False, True))
+    assert len(started) == 1
+    assert [(f.code, [p.line for p in f.places]) for f in there.findings if f.code == "D112"] == [("D112", [91])]
+    assert here.as_dict() == there.as_dict()
 
 
 def test_pairs_that_are_the_same_up_to_max_length(tmp_path, make_tokenizer):

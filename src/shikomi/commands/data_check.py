@@ -68,7 +68,7 @@ def check(
         from shikomi.data.checkup import checkup
 
         found = [
-            (task, checkup(task.spec, task.kind, _encoder(tokenizer, recipe, task, limit), limit, progress))
+            (task, checkup(task.spec, task.kind, _encoder(tokenizer, recipe, task, limit), limit, progress, True))
             for task in tasks
         ]
         fixed = None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -20,7 +22,8 @@ from shikomi.data.findings.formats import FormatProblems
 from shikomi.data.findings.labels import Labels
 from shikomi.data.findings.languages import Languages
 from shikomi.data.findings.preferences import Preferences
-from shikomi.data.findings.sampling import MAYBE, Sample, longest_text
+from shikomi.data.findings.sampling import Sample
+from shikomi.data.findings.tokens import Beside, Counted, Tokens
 from shikomi.data.preference_scan import PairPass, ThumbPass
 from shikomi.data.preferences import Judgement, Preference
 from shikomi.data.scan import BATCH, Item, Pass, Scan, placed
@@ -31,8 +34,10 @@ if TYPE_CHECKING:
     from shikomi.recipe import DataSpec, Source
 
 
-_Weighted = tuple[Item[Any], Texts, int]  # the last is how many rows it stands for
-_Measured = list[tuple[_Weighted, lengths.Measured | BadInput]]
+_Rows = list[tuple[Item[Any], Texts]]
+
+_AHEAD = 4
+"""Batches whose tokens are being counted while the next ones are looked at."""
 
 
 class _AllPairs(PairPass):
@@ -106,14 +111,18 @@ def checkup(
     encoder: Encoder | None = None,
     max_length: int | None = None,
     progress: Progress | None = None,
+    processes: bool = False,
 ) -> Checkup:
     """Look at every row that `spec` names: train, and validation and test where they are files of their own.
 
     kind: what is learned from the rows: conversations, pairs or thumbs; encoder: counts tokens and cuts to its own
-    max_length; without one, tokens are estimated and `max_length` is what they are compared with.
+    max_length; without one, tokens are estimated and `max_length` is what they are compared with; processes: a large
+    file's tokens are counted in a second process, which a script may allow that keeps its work behind
+    `if __name__ == "__main__"`.
     """
     shown = progress or Silent()
-    state = _State(spec, kind, encoder, max_length if encoder is None else encoder.max_length)
+    limit = max_length if encoder is None else encoder.max_length
+    state = _State(spec, kind, encoder, limit, processes)
     labels = None
     try:
         labels = shown_labels(spec, None, kind)
@@ -140,8 +149,10 @@ def roles_of(spec: DataSpec) -> dict[str, Sequence[Source]]:
 class _State:
     """The checks of one task, which see every row once."""
 
-    def __init__(self, spec: DataSpec, kind: str, encoder: Encoder | None, max_length: int | None) -> None:
-        self._spec, self._kind, self._encoder = spec, kind, encoder
+    def __init__(
+        self, spec: DataSpec, kind: str, encoder: Encoder | None, max_length: int | None, processes: bool
+    ) -> None:
+        self._spec, self._kind, self._encoder, self._processes = spec, kind, encoder, processes
         self._findings, self._index = Findings(), Index()
         self.problems = FormatProblems(self._findings)
         self._answers = AnswerChecks(encoder.tokenizer.all_special_tokens if encoder is not None else ())
@@ -155,19 +166,20 @@ class _State:
         """One pass over the rows of a role."""
         scan = _PASSES[self._kind](sources, self._spec, labels, role, problems=self.problems)
         reader = Reader(self._spec, role, self._kind, len(self._index))
-        # Tokenising leaves the interpreter for most of its time: the next rows are looked at meanwhile.
-        with ThreadPoolExecutor(1) as side:
-            waiting: list[Future[_Measured]] = []
+        with self._beside(role, scan) as beside:
+            waiting: deque[tuple[_Rows, Future[Counted]]] = deque()
             for batch in _batches(scan):
-                texts = [reader.read(item) for item in batch]
-                kept = [pair for pair in zip(batch, texts, strict=True) if self._look(*pair, role)]
-                if role == "train":
-                    waiting.append(side.submit(self._measure, scan, self._weighted(kept)))
-                if len(waiting) > 1:
-                    self._add_lengths(waiting.pop(0).result())
+                rows = [(item, reader.read(item)) for item in batch]
+                kept = [row for row in rows if self._look(*row, role)]
+                if beside is not None:
+                    waiting.append(self._count(beside, kept))
+                elif role == "train":
+                    self._estimate(kept)
+                if len(waiting) > _AHEAD:
+                    self._add_lengths(*waiting.popleft())
                 progress.tick(scan.report.rows, 0, f"{role} rows checked")
-            for measuring in waiting:
-                self._add_lengths(measuring.result())
+            for counting in waiting:
+                self._add_lengths(*counting)
         report = scan.report
         self._out.rows[role], self._out.formats[role] = report.rows, report.formats
         if report.unused:
@@ -202,30 +214,27 @@ class _State:
             return self._preferences.add(texts, record, role, findings)
         return True
 
-    def _weighted(self, rows: list[tuple[Item[Any], Texts]]) -> list[_Weighted]:
-        """The rows with their weights: without a tokenizer 1 for each."""
-        if self._encoder is None:
-            return [(item, texts, 1) for item, texts in rows]
-        return [(item, texts, self._sample.weight(item.conversation)) for item, texts in rows]
+    def _beside(self, role: str, scan: Pass[Any, Any]) -> AbstractContextManager[Beside | None]:
+        if role != "train" or self._encoder is None:
+            return nullcontext()
+        return Beside(Tokens(self._encoder, scan.encode), self._processes)
 
-    def _measure(self, scan: Pass[Any, Any], rows: list[_Weighted]) -> _Measured:
-        """The lengths of rows that have a weight; on the side, so that it touches nothing else."""
-        if self._encoder is None:
-            return [(row, lengths.estimate(row[1], self._lengths.max_length)) for row in rows]
-        counted = iter(self._encoder.count([longest_text(item.conversation) for item, _, w in rows if w == MAYBE]))
-        settled = ((item, texts, self._sample.settle(next(counted)) if w == MAYBE else w) for item, texts, w in rows)
-        kept = [row for row in settled if row[2]]
-        encoded = scan.encode(self._encoder, [item.conversation for item, _, _ in kept])
-        return [
-            (row, e if isinstance(e, BadInput) else lengths.measure(e)) for row, e in zip(kept, encoded, strict=True)
-        ]
+    def _estimate(self, rows: _Rows) -> None:
+        for _, texts in rows:
+            self._lengths.add(texts, lengths.estimate(texts, self._lengths.max_length), 1, self._findings)
 
-    def _add_lengths(self, rows: _Measured) -> None:
-        self._sample.measured += len(rows)
-        for (item, texts, weight), measured in rows:
+    def _count(self, beside: Beside, rows: _Rows) -> tuple[_Rows, Future[Counted]]:
+        """The rows of which tokens are counted, and the counts to come."""
+        weights = [self._sample.weight(item.conversation) for item, _ in rows]
+        kept = [(row, weight) for row, weight in zip(rows, weights, strict=True) if weight]
+        return [row for row, _ in kept], beside.count([(item.conversation, weight) for (item, _), weight in kept])
+
+    def _add_lengths(self, rows: _Rows, counting: Future[Counted]) -> None:
+        for (item, texts), (weight, measured) in zip(rows, counting.result(), strict=True):
+            self._sample.measured += measured is not None
             if isinstance(measured, BadInput):
                 self.problems.add(placed(measured, item.row))
-            else:
+            elif measured is not None:
                 self._sample.accept(item.conversation)
                 self._lengths.add(texts, measured, weight, self._findings)
 

@@ -67,7 +67,7 @@ class Encoder:
         self.train_on = train_on
         self.max_length = max_length
         self.notes: list[str] = []
-        self._chat = chat
+        self._chat, self._template = chat, template
         self._tokens = TextTokenizer(tokenizer.backend_tokenizer)
         self._bos = leading_ids(tokenizer)
         self.template = None if chat == "never" else chat_template_of(tokenizer, template)
@@ -88,6 +88,10 @@ class Encoder:
             self.notes.append(
                 f"{self._finder.template.name} writes no end of turn: {tokenizer.eos_token} is added after the answer"
             )
+
+    def __reduce__(self) -> tuple[type[Encoder], tuple[Any, ...]]:
+        """For another process: a compiled template cannot be sent, and is made there again."""
+        return Encoder, (self.tokenizer, self._chat, self._template, self.train_on, self.max_length)
 
     @property
     def end_of_turn(self) -> str | None:

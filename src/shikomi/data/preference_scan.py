@@ -71,7 +71,8 @@ class PreferencePass(Pass[JudgedT, Answers]):
     report: PreferenceReport = field(default_factory=PreferenceReport)
     _seen: _Seen = field(default_factory=_Seen)
 
-    def encode(self, encoder: Encoder, records: Sequence[JudgedT]) -> list[Answers | BadInput]:
+    @staticmethod
+    def encode(encoder: Encoder, records: Sequence[JudgedT]) -> list[Answers | BadInput]:
         return encoder.encode_answers([record.answers for record in records])
 
     def seen(self, item: Item[JudgedT]) -> bool:

@@ -70,8 +70,9 @@ class Pass(ABC, Generic[RecordT, EncodedT]):
     def parse(self, row: Row) -> list[RecordT]:
         """What a row holds. Raises BadInput with every problem of the row."""
 
+    @staticmethod
     @abstractmethod
-    def encode(self, encoder: Encoder, records: Sequence[RecordT]) -> list[EncodedT | BadInput]:
+    def encode(encoder: Encoder, records: Sequence[RecordT]) -> list[EncodedT | BadInput]:
         """The tokens of many rows; a row that the template refuses gives its BadInput."""
 
     @abstractmethod
@@ -190,7 +191,8 @@ class Scan(Pass[Conversation, Encoded]):
     def parse(self, row: Row) -> list[Conversation]:
         return [parse_row(row.data, self.spec, (row.file, row.line), self.labels, self.answer)]
 
-    def encode(self, encoder: Encoder, records: Sequence[Conversation]) -> list[Encoded | BadInput]:
+    @staticmethod
+    def encode(encoder: Encoder, records: Sequence[Conversation]) -> list[Encoded | BadInput]:
         return encoder.encode_many(records)
 
     def unused(self, kind: str, keys: list[str]) -> list[str]:

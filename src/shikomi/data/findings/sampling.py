@@ -24,6 +24,31 @@ MAYBE = -1
 """The weight of a row that may be too long."""
 
 
+class OneInMany:
+    """Weights of rows of which one in EVERY stands for all."""
+
+    def __init__(self) -> None:
+        self._count = 0
+
+    def next(self) -> int:
+        """The weight of the next row: EVERY or 0."""
+        self._count += 1
+        return EVERY if self._count % EVERY == EVERY // 2 else 0
+
+
+class Settled:
+    """Gives the weight of rows that were MAYBE, from the tokens of their text without a template."""
+
+    def __init__(self, max_length: int | None) -> None:
+        self._max_length, self._others = max_length, OneInMany()
+
+    def weight(self, tokens: int) -> int:
+        """1 for a row that comes near max_length."""
+        if self._max_length is not None and tokens + _TEMPLATE_BYTES > self._max_length:
+            return 1
+        return self._others.next()
+
+
 class Sample:
     """Gives each row its weight: how many rows it stands for, 0 where it is not tokenised.
 
@@ -34,28 +59,18 @@ class Sample:
     def __init__(self, max_length: int | None) -> None:
         self._max_length = max_length
         self._accepted: set[object] = set()
-        self._others = {0: 0, MAYBE: 0}  # rows that are not long, by what they were taken for
+        self._others = OneInMany()
         self.rows = self.measured = 0
 
     def weight(self, record: Any) -> int:
-        """The weight of the next row; MAYBE where `settle` gives it."""
+        """The weight of the next row; MAYBE where `Settled` gives it."""
         self.rows += 1
         conversations = _conversations(record)
         if self.rows <= FIRST_ROWS or not all(_roles(conversation) in self._accepted for conversation in conversations):
             return 1
         if not self._may_be_long(conversations):
-            return self._one_in_many(0)
+            return self._others.next()
         return 1 if any(conversation.tools for conversation in conversations) else MAYBE
-
-    def settle(self, tokens: int) -> int:
-        """The weight of a row that was MAYBE, from the tokens of its text without a template."""
-        if self._max_length is not None and tokens + _TEMPLATE_BYTES > self._max_length:
-            return 1
-        return self._one_in_many(MAYBE)
-
-    def _one_in_many(self, kind: int) -> int:
-        self._others[kind] += 1
-        return EVERY if self._others[kind] % EVERY == EVERY // 2 else 0
 
     def accept(self, record: Any) -> None:
         """A row that was tokenised."""
