@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -67,6 +68,7 @@ def check(
         limit = max_length or (recipe.max_length if recipe is not None else None)
         from shikomi.data.checkup import checkup
 
+        gc.freeze()  # a tokenizer's objects stay: no collection while rows are read has to look at them
         found = [
             (task, checkup(task.spec, task.kind, _encoder(tokenizer, recipe, task, limit), limit, progress, True))
             for task in tasks

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 _Rows = list[tuple[Item[Any], Texts]]
 
-_AHEAD = 4
+_AHEAD = 16
 """Batches whose tokens are being counted while the next ones are looked at."""
 
 

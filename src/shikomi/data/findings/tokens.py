@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -14,7 +15,7 @@ from shikomi.data.findings import lengths
 from shikomi.data.findings.sampling import MAYBE, Settled, longest_text
 from shikomi.errors import BadInput
 
-MANY_ROWS = 4096
+MANY_ROWS = 2048
 """From so many rows on a process pays, which takes seconds to start; a thread shares the checks' interpreter."""
 
 Weighted = tuple[Any, int]
@@ -75,6 +76,7 @@ _kept: list[Tokens] = []  # in the process: what it counts with
 
 def _keep(tokens: Tokens) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the caller, who ends this process
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core is for the checks, and one keeps up with them
     _kept.append(tokens)
 
 
