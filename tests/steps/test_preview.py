@@ -160,6 +160,16 @@ def test_the_page_holds_everything_and_runs_nothing_of_the_data(tmp_path, tiny_l
     assert ids == stages[0].rows[0].parts[0].ids
 
 
+def test_the_page_names_the_stretches_that_an_answer_sees(tmp_path, tiny_llama):
+    common = "the words that all of these prompts begin with are many and long enough "
+    rows = [{"prompt": f"{common}{n}", "chosen": f"yes {n}", "rejected": "no"} for n in range(8)]
+    data = write(tmp_path / "pairs.jsonl", rows)
+    stages = preview(tiny_recipe(tiny_llama, data, tmp_path / "run", objective="dpo", max_steps=1), Silent())
+    page = as_page("pairs.jsonl", "tiny", stages)
+    seen = set(re.findall(r'<td class="sees muted">([^<]+)</td>', page))
+    assert seen == {"itself", "itself, the beginning", "itself, the prompt, the beginning"}
+
+
 def test_text_for_a_terminal_marks_what_is_trained(rows, tiny_llama, tmp_path):
     shown = shown_text(tiny_recipe(tiny_llama, rows, tmp_path / "run"))
     assert re.search(r"\[\[a \w+ with \d parts<\|im_end\|>\]\]", shown)

@@ -118,7 +118,9 @@ def _task(task: Task, checked: Checkup) -> dict[str, Any]:
 
 def _finding(finding: Any) -> dict[str, Any]:
     shown = finding.places[:PLACES_SHOWN]
-    count = f"{len(shown):,} places" if len(shown) == finding.count else f"{len(shown):,} of {finding.count:,} places"
+    count = f"{len(shown):,} of {finding.count:,} places"
+    if len(shown) == finding.count:
+        count = "1 place" if len(shown) == 1 else f"{len(shown):,} places"
     return {
         "code": finding.code,
         "severity": finding.severity,

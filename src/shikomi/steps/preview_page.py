@@ -25,7 +25,8 @@ STYLE = """
 .bar .answer { border-bottom: 3px solid var(--accent); }
 .bar .shared { background: var(--tint); color: var(--ink); outline: 1px dashed var(--accent); }
 .batch { margin-bottom: .9rem; }
-td.name { white-space: nowrap; }
+td.name { min-width: 14rem; }
+td.sees { white-space: nowrap; }
 """
 
 PAGE = """\
@@ -55,7 +56,7 @@ underlined ones hold trained tokens.</p>
 <tbody>
 {% for segment in batch.segments %}
 <tr><td class="name" style="padding-left: {{ 1.4 * segment.depth }}rem">{{ segment.name }}</td>
-<td>{{ segment.tokens }}</td><td>{{ segment.trained }}</td><td class="muted">{{ segment.sees }}</td></tr>
+<td>{{ segment.tokens }}</td><td>{{ segment.trained }}</td><td class="sees muted">{{ segment.sees }}</td></tr>
 {% endfor %}
 </tbody></table></div>
 </article>
@@ -109,15 +110,15 @@ def _page_stage(stage: ShownStage, index: int) -> dict[str, Any]:
 
 def _page_segment(batch: ShownBatch, segment: ShownSegment) -> dict[str, Any]:
     shared = segment.name in ("beginning", "prompt")
-    parent = batch.segments[segment.parent] if segment.parent >= 0 else None
+    above = stretches_above(batch, segment)
     return {
         "kind": "shared" if shared else "answer" if segment.trained else "",
         "name": segment_name(segment),
         "short": _numbers(segment.rows, 3),
         "tokens": segment.tokens,
         "trained": segment.trained,
-        "depth": depth(batch, segment),
-        "sees": "itself" if parent is None else f"itself, and the {segment_name(parent)}",
+        "depth": len(above),
+        "sees": ", ".join(["itself", *(f"the {stretch.name}" for stretch in above)]),
     }
 
 
@@ -157,7 +158,7 @@ def _legend(brackets: bool) -> Text:
 
 
 def _segment_text(batch: ShownBatch, segment: ShownSegment) -> Text:
-    line = Text("    " + "  " * depth(batch, segment) + segment_name(segment))
+    line = Text("    " + "  " * len(stretches_above(batch, segment)) + segment_name(segment))
     line.append(f", {_tokens(segment.tokens)}")
     if segment.trained:
         line.append(f", {segment.trained:,} trained", style="green")
@@ -239,9 +240,10 @@ def _numbers(rows: Sequence[int], most: int) -> str:
     return shown if len(rows) <= most else f"{shown} and {len(rows) - most} more"
 
 
-def depth(batch: ShownBatch, segment: ShownSegment) -> int:
-    """How many stretches stand before this one."""
-    found, at = 0, segment.parent
+def stretches_above(batch: ShownBatch, segment: ShownSegment) -> list[ShownSegment]:
+    """The shared stretches that this one sees, the nearest first."""
+    found, at = [], segment.parent
     while at >= 0:
-        found, at = found + 1, batch.segments[at].parent
+        found.append(batch.segments[at])
+        at = found[-1].parent
     return found
