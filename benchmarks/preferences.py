@@ -88,8 +88,10 @@ def ours(recipe: Path, folder: Path) -> dict[str, Any]:
     )
 
 
-def peer(model: Path, pairs: Path, adapter: Path, env: dict[str, str], limit: int) -> dict[str, Any]:
-    command = peer_command("trl_dpo.py", model, pairs, adapter, BEST, limit, BATCH, RATE, MAX_LENGTH)
+def peer(
+    model: Path, pairs: Path, adapter: Path, env: dict[str, str], limit: int, dtype: str = BEST
+) -> dict[str, Any]:
+    command = peer_command("trl_dpo.py", model, pairs, adapter, dtype, limit, BATCH, RATE, MAX_LENGTH)
     done = run([*command, "--beta", str(BETA)], env)
     keep = ("pairs_per_second", "seconds", "loss", "margins", "grad_norm")
     return summary(done, first_step_at=done.started_at, **{key: done.result[key] for key in keep})
@@ -121,6 +123,8 @@ def against_trl(model: Path, count: int, rounds: int, scratch: Path) -> str:
             runs[name].append(start(turn))
             print(f"turn {turn + 1}, {name}: {runs[name][-1]['pairs_per_second']:.3f} pairs/s", flush=True)
         differences = compare(runs["shikomi"][turn], runs[f"TRL {BEST}"][turn])
+    if BEST == "fp32":  # as shipped it asks for bf16
+        runs[f"TRL bf16 as shipped, {BATCH} pairs only"] = [peer(model, pairs, adapter, {}, BATCH, "bf16")]
     lines = []
     for name, entries in runs.items():
         speeds = [entry["pairs_per_second"] for entry in entries]
