@@ -88,9 +88,7 @@ def ours(recipe: Path, folder: Path) -> dict[str, Any]:
     )
 
 
-def peer(
-    model: Path, pairs: Path, adapter: Path, env: dict[str, str], limit: int, dtype: str = BEST
-) -> dict[str, Any]:
+def peer(model: Path, pairs: Path, adapter: Path, env: dict[str, str], limit: int, dtype: str = BEST) -> dict[str, Any]:
     command = peer_command("trl_dpo.py", model, pairs, adapter, dtype, limit, BATCH, RATE, MAX_LENGTH)
     done = run([*command, "--beta", str(BETA)], env)
     keep = ("pairs_per_second", "seconds", "loss", "margins", "grad_norm")
