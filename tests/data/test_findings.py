@@ -431,6 +431,7 @@ def test_of_very_many_rows_some_stand_for_others(tmp_path, make_tokenizer, monke
     monkeypatch.setattr(sampling, "FIRST_ROWS", 20)
     monkeypatch.setattr(sampling, "_TEMPLATE_BYTES", 60)
     monkeypatch.setattr(checkup_module, "BATCH", 8)
+    monkeypatch.setattr(checkup_module, "_AHEAD", 2)
     encoder = Encoder(make_tokenizer("gemma"), max_length=200)
     rows = [qa(f"question {n:03d}", f"the answer {n:03d}") for n in range(120)]
     for n in (50, 51, 77):
@@ -476,6 +477,7 @@ def test_tokens_counted_in_another_process_are_the_same(tmp_path, make_tokenizer
     monkeypatch.setattr(tokens, "MANY_ROWS", 30)
     monkeypatch.setattr(sampling, "FIRST_ROWS", 20)
     monkeypatch.setattr(checkup_module, "BATCH", 8)
+    monkeypatch.setattr(checkup_module, "_AHEAD", 2)
     answer = {"conversations": "completion", "pairs": "chosen"}[kind]
     rows = [{"prompt": f"question {n:03d}", answer: f"the answer {n:03d}"} for n in range(120)]
     if kind == "pairs":
@@ -488,6 +490,7 @@ def test_tokens_counted_in_another_process_are_the_same(tmp_path, make_tokenizer
     encoder = Encoder(make_tokenizer("gemma"), max_length=400)
     here, there = (checkup(spec, kind, encoder, processes=allowed) for allowed in (False, True))
     assert len(started) == 1
+    assert any("tokens were counted in" in note for note in there.notes)
     assert [(f.code, [p.line for p in f.places]) for f in there.findings if f.code == "D112"] == [("D112", [91])]
     assert here.as_dict() == there.as_dict()
 
