@@ -132,7 +132,7 @@ def part_peer(args: argparse.Namespace) -> str:
         lines.append([name, f"{speed:.0f}", f"{peak / 1e9:.2f} GB", *compared])
     head = ["", "tokens/s", "peak memory", "ours is faster by", "ours of it"]
     return (
-        f"{table(head, lines)}\n\nr=8 on all linear layers, {args.rows} rows, 4 a step, {args.rounds} rounds in turns, "
+        f"{table(head, lines)}\n\nr=8 on all linear layers, {args.rows} rows, 4 a step, rounds in turns: {args.rounds}, "
         f"from one adapter. Losses differ by {losses[0]:.2%} at most, gradient norms by {losses[1]:.2%}."
     )
 
@@ -301,6 +301,16 @@ def write(part: str, text: str, command: str) -> None:
     RESULTS.write_text(whole, encoding="utf-8")
 
 
+READ = {"steps": ["rounds"], "peer": ["rounds", "rows"], "perplexity": ["tokens"]}  # what a part takes of the options
+
+
+def command(part: str, args: argparse.Namespace, parser: argparse.ArgumentParser) -> str:
+    """The command that measures this part again."""
+    other = [name for name in READ.get(part, []) if getattr(args, name) != parser.get_default(name)]
+    options = "".join(f" --{name} {getattr(args, name)}" for name in other)
+    return f"python benchmarks/qlora.py --part {part}{options}{' --large' * (args.large and part == 'large')}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", nargs="+", choices=PARTS, default=[p for p in PARTS if p not in ("steps", "peer")])
@@ -319,9 +329,7 @@ def main() -> None:
         text = PARTS[part][1](args)
         print(f"\n{PARTS[part][0]}\n{text}", flush=True)
         if not args.dry:
-            write(
-                part, text, f"python benchmarks/qlora.py --part {part}{' --large' * (args.large and part == 'large')}"
-            )
+            write(part, text, command(part, args, parser))
 
 
 # In a child: torch must not be in this process, whose size a child's peak begins with.

@@ -4,6 +4,7 @@ import csv
 import json
 import re
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import active_children
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from shikomi.data.findings.answers import AnswerChecks, is_placeholder
 from shikomi.data.findings.codes import SEVERITIES, codes
 from shikomi.data.findings.languages import language_of, script_of
 from shikomi.data.scan import Scan
+from shikomi.errors import TryAgain
 from shikomi.recipe import DataSpec, Source
 
 BENCH = EXAMPLES.parent / "benchmarks" / "data" / "sections"
@@ -493,6 +495,18 @@ def test_tokens_counted_in_another_process_are_the_same(tmp_path, make_tokenizer
     assert any("tokens were counted in" in note for note in there.notes)
     assert [(f.code, [p.line for p in f.places]) for f in there.findings if f.code == "D112"] == [("D112", [91])]
     assert here.as_dict() == there.as_dict()
+
+
+def test_a_process_that_is_killed_is_said_and_not_a_traceback(make_tokenizer, monkeypatch):
+    monkeypatch.setattr(tokens, "MANY_ROWS", 0)
+    row = (Conversation(({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})), 1)
+    counter = tokens.Tokens(Encoder(make_tokenizer("gemma")), Scan.encode)
+    with pytest.raises(TryAgain, match="killed"), tokens.Beside(counter, processes=True) as beside:
+        assert beside.count([row]).result()[0][1].tokens > 0
+        for process in active_children():
+            process.kill()
+        for _ in range(10_000):  # the pool sees it a moment later
+            beside.count([row]).result()
 
 
 def test_pairs_that_are_the_same_up_to_max_length(tmp_path, make_tokenizer):

@@ -7,21 +7,22 @@ import os
 import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from types import TracebackType
 from typing import Any
 
 from shikomi.data.encode import Encoder
 from shikomi.data.findings import lengths
 from shikomi.data.findings.sampling import MAYBE, Settled, longest_text
-from shikomi.errors import BadInput
+from shikomi.errors import BadInput, TryAgain
 
 MANY_ROWS = 2048
 """From so many rows on a process pays, which takes seconds to start; a thread shares the checks' interpreter."""
 
 Weighted = tuple[Any, int]
-"""A record, and how many rows it stands for."""
+"""A record, and how many rows it stands for, or MAYBE."""
 
-Counted = list[tuple[int, "lengths.Measured | BadInput | None"]]
+Counted = list[tuple[int, lengths.Measured | BadInput | None]]
 """Weights and lengths of rows; None for a row of weight 0."""
 
 
@@ -36,7 +37,7 @@ class Tokens:
         self._settled = Settled(encoder.max_length)
 
     def count(self, rows: Sequence[Weighted]) -> Counted:
-        """Lengths of the rows, which have a weight or MAYBE."""
+        """Weights and lengths of the rows."""
         maybe = iter(self._encoder.count([longest_text(record) for record, weight in rows if weight == MAYBE]))
         weights = [self._settled.weight(next(maybe)) if weight == MAYBE else weight for _, weight in rows]
         kept = [record for (record, _), weight in zip(rows, weights, strict=True) if weight]
@@ -45,7 +46,10 @@ class Tokens:
 
 
 class Beside:
-    """Where tokens are counted while the caller goes on; a context manager. Results are the same in either place."""
+    """Where tokens are counted while the caller goes on; a context manager. Results are the same in either place.
+
+    Raises TryAgain at its end where the process was killed.
+    """
 
     def __init__(self, tokens: Tokens, processes: bool) -> None:
         self._tokens, self._processes = tokens, processes
@@ -69,6 +73,11 @@ class Beside:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._pool.shutdown(cancel_futures=True)
+        if isinstance(error, BrokenProcessPool):
+            raise TryAgain(
+                "the process that counts tokens was killed, most likely because memory was short; fix: free some, or "
+                "name no model: then they are estimated"
+            ) from error
 
 
 _kept: list[Tokens] = []  # in the process: what it counts with
