@@ -132,8 +132,8 @@ def part_peer(args: argparse.Namespace) -> str:
         lines.append([name, f"{speed:.0f}", f"{peak / 1e9:.2f} GB", *compared])
     head = ["", "tokens/s", "peak memory", "ours is faster by", "ours of it"]
     return (
-        f"{table(head, lines)}\n\nr=8 on all linear layers, {args.rows} rows, 4 a step, rounds in turns: {args.rounds}, "
-        f"from one adapter. Losses differ by {losses[0]:.2%} at most, gradient norms by {losses[1]:.2%}."
+        f"{table(head, lines)}\n\nr=8 on all linear layers, {args.rows} rows, 4 a step, rounds in turns: "
+        f"{args.rounds}, from one adapter. Losses differ by {losses[0]:.2%} at most, gradient norms by {losses[1]:.2%}."
     )
 
 

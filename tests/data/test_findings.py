@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import active_children
 from pathlib import Path
@@ -495,6 +496,18 @@ def test_tokens_counted_in_another_process_are_the_same(tmp_path, make_tokenizer
     assert any("tokens were counted in" in note for note in there.notes)
     assert [(f.code, [p.line for p in f.places]) for f in there.findings if f.code == "D112"] == [("D112", [91])]
     assert here.as_dict() == there.as_dict()
+
+
+def test_the_process_goes_on_where_the_thread_ends(make_tokenizer, monkeypatch):
+    monkeypatch.setattr(tokens, "MANY_ROWS", 6)
+    encoder = Encoder(make_tokenizer("gemma"))
+    row = (Conversation(({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})), sampling.MAYBE)
+    together = tokens.Tokens(encoder, Scan.encode).count([row] * 12)
+    counter = tokens.Tokens(encoder, Scan.encode)
+    with tokens.Beside(counter, processes=True) as beside, monkeypatch.context() as slow:
+        slow.setattr(Encoder, "count", lambda *args, count=Encoder.count: time.sleep(0.3) or count(*args))
+        parts = [beside.count([row] * 6) for _ in range(2)]
+        assert [weight for part in parts for weight, _ in part.result()] == [weight for weight, _ in together]
 
 
 def test_a_process_that_is_killed_is_said_and_not_a_traceback(make_tokenizer, monkeypatch):
