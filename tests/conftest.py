@@ -12,7 +12,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("COLUMNS", "200")
 os.environ.setdefault("NO_COLOR", "1")
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(skip)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cache_is_left_as_found() -> Iterator[None]:
+    """A module that leaves its cache behind would hide the real model from later ones of the same worker."""
+    before = os.environ.get("SHIKOMI_CACHE")
+    yield
+    assert os.environ.get("SHIKOMI_CACHE") == before
 
 
 @pytest.fixture(scope="session")

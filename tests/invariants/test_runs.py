@@ -314,9 +314,10 @@ SHOWN_ELSEWHERE = {  # key: the test, or the place, that shows its effect
 @pytest.fixture(scope="module")
 def plain(tiny_llama, tmp_path_factory):
     folder = tmp_path_factory.mktemp("plain")
-    os.environ["SHIKOMI_CACHE"] = str(folder / "cache")
     rows = write_rows(folder / "rows.jsonl")
-    train(tiny_recipe(tiny_llama, rows, folder / "run"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SHIKOMI_CACHE", str(folder / "cache"))
+        train(tiny_recipe(tiny_llama, rows, folder / "run"))
     return folder
 
 
