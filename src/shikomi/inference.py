@@ -12,7 +12,7 @@ from shikomi.data.check import load_conversations, template_labels
 from shikomi.data.columns import column_templates
 from shikomi.data.conversation import Conversation
 from shikomi.data.encode import Encoder
-from shikomi.data.formats import parse_row
+from shikomi.data.formats import PREFERENCES, parse_row
 from shikomi.errors import BadInput, Problem
 from shikomi.evaluate.labels import score_labels
 from shikomi.evaluate.made_pairs import Answer
@@ -221,7 +221,10 @@ class Ready:
         """How the rows of a prompt.yaml or of a run become conversations; None where a model has no way of its own."""
         if self.prompted is not None:
             return self.prompted.file.spec
-        return self.recipe.data if self.recipe is not None else None
+        if self.recipe is None:
+            return None
+        own = self.recipe.data  # of pairs or judged answers their questions, with the recipe's template of them
+        return own.model_copy(update={"format": "auto"}) if own.format in PREFERENCES else own
 
     def _prompts(self, rows: Sequence[Conversation], max_new_tokens: int) -> list[list[int]]:
         """Tokens of every row's prompt, those of a prompt.yaml with its instruction and examples."""

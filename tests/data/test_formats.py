@@ -142,6 +142,7 @@ def test_rows_without_an_answer_for_prediction():
     assert roles(parse({"instruction": "p", "input": "i"}, answer=False)) == [("user", "p\n\ni")]
     assert roles(parse({"text": "t"}, answer=False, prompt="{text}?", completion="{label}")) == [("user", "t?")]
     assert roles(parse({"messages": [USER]}, answer=False)) == [("user", "q")]
+    assert roles(parse({"text": "t"}, answer=False, prompt="{text}?")) == [("user", "t?")]
 
 
 def test_missing_columns_are_named_with_the_nearest():

@@ -21,6 +21,7 @@ from shikomi.adapters.prefix import Prefix
 from shikomi.adapters.prompt import Prompt
 from shikomi.data.pairs import Completion, Pair, Thumb, pack_pairs
 from shikomi.errors import BadInput, NonFinite, Stopped
+from shikomi.inference import open_model
 from shikomi.model.device import Dtypes
 from shikomi.model.load import put_on, wrap
 from shikomi.model.probe import choose_path
@@ -508,3 +509,21 @@ def test_virtual_tokens_named_as_model_are_a_part_of_the_reference(rows, tiny_ll
     train(tiny_recipe(tiny_llama, rows, tmp_path / "fresh", objective="dpo", **keys))
     first, fresh = (records(tmp_path / name)[0] for name in ("on", "fresh"))
     assert first["rewards/chosen"] == first["rewards/rejected"] == 0.0 != fresh["rewards/chosen"]
+
+
+OWN_NAMES = {"prompt": "q", "chosen": "good", "rejected": "bad"}
+
+
+@pytest.mark.parametrize("names", [None, OWN_NAMES], ids=["the usual keys", "templates"])
+def test_a_policy_answers_rows_that_have_only_a_question(names, tiny_llama, tmp_path, cache):
+    """Those of its pairs, and others with a template that is given now."""
+    rows = [{(names or {}).get(key, key): text for key, text in pair.items()} for pair in pairs()]
+    file, unseen = write(tmp_path / "pairs.jsonl", rows), write(tmp_path / "unseen.jsonl", [{"text": "red"}] * 2)
+    how = {key: f"{{{name}}}" for key, name in names.items()} if names else {"format": "preference"}
+    data = {"train": str(file), **how}
+    train(tiny_recipe(tiny_llama, file, tmp_path / "run", data=data, objective="dpo", max_steps=1))
+    policy = open_model(tmp_path / "run")
+    again = [row["prediction"] for row in policy.predict(file, max_new_tokens=3, limit=2)]
+    assert again == [policy.generate(pair["prompt"], 3) for pair in pairs()[:2]]
+    other = [row["prediction"] for row in policy.predict(unseen, "Say {text}", max_new_tokens=3)]
+    assert other[0] == other[1] and len(other) == 2

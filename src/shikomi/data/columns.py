@@ -143,7 +143,7 @@ def _given(sources: tuple[tuple[str, str | None], ...]) -> dict[str, ColumnTempl
 
 def read_columns(row: Mapping[str, Any], spec: DataSpec, labels: tuple[str, ...] | None, answer: bool) -> Parsed:
     templates = column_templates(spec)
-    check_needed(templates, {"prompt": "Classify: {text}", "completion": "{label}"}, row)
+    check_needed(templates, {"prompt": "Classify: {text}"} | ({"completion": "{label}"} if answer else {}), row)
     texts, problems = fill_all([t for key, t in templates.items() if answer or key != "completion"], row, labels)
     if problems:
         return None, problems

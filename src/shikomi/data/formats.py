@@ -49,7 +49,7 @@ def recognise(row: Mapping[str, Any], answer: bool = True) -> str | None:
 
 
 def row_format(row: Mapping[str, Any], spec: DataSpec, where: Where, answer: bool = True) -> str:
-    """The format this row is read as: the recipe's, or the one its keys show.
+    """The format this row is read as: the recipe's, or the one its keys show. Without `answer` that of its question.
 
     Raises BadInput for rows of other methods and for keys that no format has.
     """
@@ -59,7 +59,8 @@ def row_format(row: Mapping[str, Any], spec: DataSpec, where: Where, answer: boo
         return spec.format
     if spec.prompt is not None or spec.completion is not None or spec.system is not None:
         return "columns"
-    if {"chosen", "rejected"} & set(row) or ("label" in row and isinstance(row["label"], bool) and "prompt" in row):
+    judged = isinstance(row.get("label"), bool) and "prompt" in row
+    if answer and (judged or {"chosen", "rejected"} & set(row)):
         raise BadInput([_preferences(where, f"keys {_keys(row)}")])
     found = recognise(row, answer)
     if found is None:
