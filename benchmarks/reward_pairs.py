@@ -2,9 +2,9 @@
 
 python benchmarks/reward_pairs.py [-o runs/preference-methods]
 
-After that benchmark, with its files. The chosen answer is always the maintainer's synopsis. The rejected one is a sample
-of the SFT model (100 held-back pairs, as it was trained on), or on 300 rows that neither model has seen the greedy
-answer of the SFT model, or another package's synopsis that is as long in tokens: does the line belong to the text?
+After that benchmark, with its files. The chosen answer is always the maintainer's synopsis. The rejected one is a
+sample of the SFT model (100 held-back pairs, as it was trained on), or on 300 rows that neither model has seen the
+greedy answer of the SFT model, or another package's synopsis that is as long in tokens: does it belong to the text?
 Prints the table of docs/results.md.
 """
 
