@@ -10,9 +10,10 @@ what is there already is not done again. Prints the tables of docs/results.md.
 """
 
 import argparse
+import functools
 import json
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -153,24 +154,43 @@ def describe(
     predictions: Sequence[str],
     references: Sequence[str],
     sft: Sequence[str],
-    judge: Callable[[Sequence[str]], np.ndarray],
+    values: tuple[np.ndarray, np.ndarray],
     run: Path | None,
 ) -> list[str]:
-    """A row of the table."""
+    """A row of the table; `values` of the reward model are those of the predictions and of SFT's."""
     rouge, chrf = (measure(metric, predictions, references) for metric in (Rouge(), ChrF()))
     length = np.mean([len(text.split()) for text in predictions]) / np.mean([len(text.split()) for text in references])
     against = ["", ""]
     if list(predictions) != list(sft):
         by_chrf = win_rate(per_row_chrf(predictions, references), per_row_chrf(sft, references))
-        against = [by_chrf, win_rate(judge(predictions), judge(sft))]
+        against = [by_chrf, win_rate(*values)]
     cost = ["", "", ""]
     if run is not None:
         result = json.loads((run / "result.json").read_text(encoding="utf-8"))
         accuracy = reward_accuracy(run)
         told = "" if accuracy is None else f"{accuracy:.0%}"
         cost = [told, f"{result['training_seconds']:.0f} s", f"{result['peak_memory_bytes'] / 1e9:.2f} GB"]
-    values = [f"{m['value']:.3g} ({m['ci95'][0]:.3g} to {m['ci95'][1]:.3g})" for m in (rouge, chrf)]
-    return [name, *values, f"{length:.2f}", *against, *cost]
+    scores = [f"{m['value']:.3g} ({m['ci95'][0]:.3g} to {m['ci95'][1]:.3g})" for m in (rouge, chrf)]
+    return [name, *scores, f"{length:.2f}", *against, *cost]
+
+
+def judged(work: Path, given: dict[str, list[str]]) -> dict[str, np.ndarray]:
+    """What the reward model gives the answers of each model: (n,); kept in files."""
+    from shikomi import open_reward_model
+
+    model = functools.cache(functools.partial(open_reward_model, work / "reward"))
+    asked = [PROMPT.format(**row) for row in rows_of(DATA / "test.jsonl")]
+    found = {}
+    for name, answered in given.items():
+        path = work / f"{name}.values.json"
+        if not path.exists():
+            turns = [
+                [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+                for question, answer in zip(asked, answered, strict=True)
+            ]
+            path.write_text(json.dumps(np.asarray(model().score(turns)).tolist()), encoding="utf-8")
+        found[name] = np.asarray(json.loads(path.read_text(encoding="utf-8")))
+    return found
 
 
 def main() -> None:
@@ -198,31 +218,20 @@ def main() -> None:
     data = {"train": str(pairs), "validation": str(held)}
     keys = {"objective": "reward", "max_length": 512, "num_train_epochs": 2, "batch_size": 16, "learning_rate": 1e-3}
     train(work / "reward", model=args.model, adapter=LORA, data=data, **keys)
-    call("eval", work / "reward", held)
+    if not args.only:
+        call("eval", work / "reward", held)
     recipes = plans(args.model, sft, pairs, held, kto, args.epochs)
     chosen = [name for name in recipes if not args.only or name in args.only]
-    lines = []
-    from shikomi import open_reward_model
-
-    judge_model = open_reward_model(work / "reward")
-    asked = [PROMPT.format(**row) for row in rows_of(DATA / "test.jsonl")]
-
-    def judge(predictions: Sequence[str]) -> np.ndarray:
-        turns = [
-            [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-            for question, answer in zip(asked, predictions, strict=True)
-        ]
-        return np.asarray(judge_model.score(turns))
-
-    of_sft = answers(sft, work / "sft.answers.jsonl")
-    of_base = answers(args.model, work / "base.answers.jsonl")
-    lines.append(describe("untouched", of_base, references, of_sft, judge, None))
-    lines.append(describe("SFT", of_sft, references, of_sft, judge, sft))
+    runs: dict[str, Path | None] = {"base": None, "sft": sft}
     for name in chosen:
+        runs[name] = work / name
         train(work / name, **recipes[name])
-        predictions = answers(work / name, work / f"{name}.answers.jsonl")
-        lines.append(describe(name, predictions, references, of_sft, judge, work / name))
-        print(*lines[-1], sep=" | ", flush=True)
+    given = {name: answers(run or args.model, work / f"{name}.answers.jsonl") for name, run in runs.items()}
+    values = judged(work, given)
+    of_sft = given["sft"], values["sft"]
+    lines = [
+        describe(name, given[name], references, of_sft[0], (values[name], of_sft[1]), run) for name, run in runs.items()
+    ]
     accuracy = reward_accuracy(work / "reward")
     head = ["", "ROUGE-L", "chrF", "length / references'", "wins over SFT by chrF", "by the reward model"]
     head += ["reward accuracy, unseen pairs", "training", "peak memory"]
