@@ -10,7 +10,6 @@ what is there already is not done again. Prints the tables of docs/results.md.
 """
 
 import argparse
-import functools
 import json
 import subprocess
 from collections.abc import Sequence
@@ -95,32 +94,25 @@ def thumbs(pairs: Sequence[dict[str, Any]], good_share: float) -> list[dict[str,
 def plans(
     base: str, sft: Path, pairs: Path, held: Path, kto: dict[str, Path], epochs: int
 ) -> dict[str, dict[str, Any]]:
-    """The recipe of every method; batch 16 is the usual 4 by 4 accumulation steps.
+    """The recipe of every method.
 
-    The rates people use, 5e-5 and 5e-6, are for thousands of updates; a few dozen need a larger one.
+    The usual block is batch 16 (4 by 4 accumulation steps) at 5e-5 or 5e-6, for thousands of updates. Some hundred
+    pairs make a few dozen of those: the methods are compared with batches of 4 and a larger rate.
     """
-    common: dict[str, Any] = {
-        "model": str(sft / "final"),
-        "max_length": 512,
-        "num_train_epochs": epochs,
-        "batch_size": 16,
-        "data": {"train": str(pairs), "validation": str(held)},
-    }
-    dpo = {"name": "dpo", "beta": 0.1}
+    data = {"train": str(pairs), "validation": str(held)}
+    common: dict[str, Any] = {"model": str(sft / "final"), "max_length": 512, "num_train_epochs": epochs}
+    usual = {**common, "data": data, "batch_size": 16, "objective": {"name": "dpo", "beta": 0.1}}
+    small = {**common, "data": data, "batch_size": 4, "learning_rate": 5e-4}
     found: dict[str, dict[str, Any]] = {
-        "dpo-5e-5": {**common, "objective": dpo, "learning_rate": 5e-5},
-        "dpo-5e-6": {**common, "objective": dpo, "learning_rate": 5e-6},
-        "dpo-2e-4": {**common, "objective": dpo, "learning_rate": 2e-4},
-        "ipo": {**common, "objective": {"name": "ipo", "beta": 0.1}, "learning_rate": 2e-4},
-        "simpo": {**common, "objective": "simpo", "learning_rate": 1e-4},
-        "orpo": {
-            **{**common, "model": base, "adapter": LORA},
-            **{"objective": {"name": "orpo", "beta": 0.1}, "learning_rate": 5e-4},
-        },
+        "dpo-5e-6": {**usual, "learning_rate": 5e-6},
+        "dpo-5e-5": {**usual, "learning_rate": 5e-5},
+        "dpo": {**small, "objective": {"name": "dpo", "beta": 0.1}},
+        "ipo": {**small, "objective": {"name": "ipo", "beta": 0.1}},
+        "simpo": {**small, "objective": "simpo", "learning_rate": 2e-4},
+        "orpo": {**small, "model": base, "adapter": LORA, "objective": {"name": "orpo", "beta": 0.1}},
     }
     for name, path in kto.items():
-        data = {"train": str(path)}
-        found[name] = {**common, "data": data, "objective": {"name": "kto", "beta": 0.1}, "learning_rate": 2e-4}
+        found[name] = {**small, "data": {"train": str(path)}, "objective": {"name": "kto", "beta": 0.1}}
     return found
 
 
@@ -178,19 +170,18 @@ def judged(work: Path, given: dict[str, list[str]]) -> dict[str, np.ndarray]:
     """What the reward model gives the answers of each model: (n,); kept in files."""
     from shikomi import open_reward_model
 
-    model = functools.cache(functools.partial(open_reward_model, work / "reward"))
-    asked = [PROMPT.format(**row) for row in rows_of(DATA / "test.jsonl")]
-    found = {}
-    for name, answered in given.items():
-        path = work / f"{name}.values.json"
-        if not path.exists():
-            turns = [
-                [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-                for question, answer in zip(asked, answered, strict=True)
-            ]
-            path.write_text(json.dumps(np.asarray(model().score(turns)).tolist()), encoding="utf-8")
-        found[name] = np.asarray(json.loads(path.read_text(encoding="utf-8")))
-    return found
+    files = {name: work / f"{name}.values.json" for name in given}
+    if missing := [name for name, path in files.items() if not path.exists()]:
+        asked = [PROMPT.format(**row) for row in rows_of(DATA / "test.jsonl")]
+        turns = [
+            [{"role": "user", "content": question}, {"role": "assistant", "content": given[name][row]}]
+            for row, question in enumerate(asked)
+            for name in missing  # one after the other: their prompt is computed once
+        ]
+        scored = np.asarray(open_reward_model(work / "reward").score(turns)).reshape(len(asked), len(missing))
+        for name, column in zip(missing, scored.T, strict=True):
+            files[name].write_text(json.dumps(column.tolist()), encoding="utf-8")
+    return {name: np.asarray(json.loads(path.read_text(encoding="utf-8"))) for name, path in files.items()}
 
 
 def main() -> None:
@@ -200,6 +191,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=400, help="training pairs")
     parser.add_argument("--epochs", type=int, default=3, help="passes over the pairs")
     parser.add_argument("--only", nargs="+", help="these methods only")
+    parser.add_argument("--no-table", action="store_true", help="train and answer only, to do several side by side")
     args = parser.parse_args()
     work = args.output.absolute()
     references = [row["summary"] for row in rows_of(DATA / "test.jsonl")]
@@ -227,6 +219,8 @@ def main() -> None:
         runs[name] = work / name
         train(work / name, **recipes[name])
     given = {name: answers(run or args.model, work / f"{name}.answers.jsonl") for name, run in runs.items()}
+    if args.no_table:
+        return
     values = judged(work, given)
     of_sft = given["sft"], values["sft"]
     lines = [

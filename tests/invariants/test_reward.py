@@ -18,13 +18,14 @@ from shikomi import registry
 from shikomi.adapters.full import Full
 from shikomi.adapters.lora import Lora
 from shikomi.cli import main
-from shikomi.data.pairs import Completion, Pair
+from shikomi.data.pairs import Completion, Pair, Thumb
 from shikomi.errors import BadInput, Stopped
-from shikomi.evaluate.values import judged
+from shikomi.evaluate.values import judged, values_of
 from shikomi.inference import merge, open_model, open_reward_model
 from shikomi.model.heads import SCORE
 from shikomi.model.language_model import LanguageModel
 from shikomi.objectives.reward import Reward
+from shikomi.progress import Silent
 from shikomi.run import dry_run, resume, train
 from shikomi.train.step import gradients, plan_step
 from shikomi.train.step import losses as without_gradients
@@ -108,6 +109,32 @@ def test_no_log_probabilities_are_computed(monkeypatch):
 
     monkeypatch.setattr(LanguageModel, "score", forbidden)
     assert one_step(lm, 10_000, share=True)[1]["loss"] > 0
+
+
+def test_values_compute_the_prompt_of_several_answers_once(monkeypatch):
+    """However long the answers are and wherever they stand; a prompt's last token is computed with each answer."""
+    lm = reward_model("llama", Lora(r=3))
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(3, VOCABULARY, 40).astype(np.int32) for _ in range(6)]
+    answers = [rng.integers(3, VOCABULARY, 1 + i % 9).astype(np.int32) for i in range(24)]
+    rows = [
+        Thumb(prompts[i % 6], Completion(answer, np.ones(len(answer), bool)), True) for i, answer in enumerate(answers)
+    ]
+    computed, own = [], LanguageModel.values
+
+    def values(self, packed, ends):
+        computed.append(len(packed.ids))
+        return own(self, packed, ends)
+
+    monkeypatch.setattr(LanguageModel, "values", values)
+    found = values_of(lm, rows, 70, Silent(), "values")
+    assert sum(computed) <= sum(map(len, prompts)) + sum(len(answer) + 1 for answer in answers)
+    assert max(computed) <= 70
+    alone = [values_of(lm, [row], 70, Silent(), "values")[0] for row in rows]
+    assert found == pytest.approx(alone, rel=1e-4, abs=1e-5)
+    computed.clear()
+    assert values_of(lm, rows, 50, Silent(), "values") == pytest.approx(alone, rel=1e-4, abs=1e-5)
+    assert max(computed) <= 50
 
 
 # Whole runs

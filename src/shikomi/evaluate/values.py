@@ -43,13 +43,30 @@ def values_of(
     found, done = np.zeros(len(rows)), 0
     lm.bind_dropout(None)
     numbered = [Thumb(row.prompt, row.completion, True, number) for number, row in enumerate(rows)]
-    for part in micro_batches(numbered, micro_batch_tokens):
+    for groups in micro_batches(_by_prompt(numbered, micro_batch_tokens), micro_batch_tokens, _tokens):
+        part = [answer for group in groups for answer in group]
         batch = pack_thumbs(part)
         with torch.no_grad():
             found[batch.packed.rows] = lm.values(batch.packed, batch.ends).double().cpu().numpy()
         done += len(part)
         progress.tick(done, len(rows), what)
     return found
+
+
+def _tokens(group: Sequence[Thumb]) -> int:
+    """What answers to one prompt take together: the prompt's last token, where they part, is computed with each."""
+    return len(group[0].prompt) - 1 + sum(1 + len(answer.completion) for answer in group)
+
+
+def _by_prompt(rows: Sequence[Thumb], most: int) -> list[list[Thumb]]:
+    """The answers to each prompt together, as many as `most` tokens hold."""
+    groups: dict[bytes, list[list[Thumb]]] = {}
+    for row in rows:
+        of_prompt = groups.setdefault(row.prompt.tobytes(), [[]])
+        if of_prompt[-1] and _tokens([*of_prompt[-1], row]) > most:
+            of_prompt.append([])
+        of_prompt[-1].append(row)
+    return [group for of_prompt in groups.values() for group in of_prompt]
 
 
 def evaluate_pairs(
