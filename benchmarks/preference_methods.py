@@ -97,19 +97,25 @@ def plans(
     """The recipe of every method.
 
     The usual block is batch 16 (4 by 4 accumulation steps) at 5e-5 or 5e-6, for thousands of updates. Some hundred
-    pairs make a few dozen of those: the methods are compared with batches of 4 and a larger rate.
+    pairs make a few dozen of those: the methods are compared with batches of 4. With 5e-4 the margin is learned and the
+    chosen answers fade with the rejected ones; `dpo-rpo` holds them up by the SFT term of RPO.
     """
     data = {"train": str(pairs), "validation": str(held)}
     common: dict[str, Any] = {"model": str(sft / "final"), "max_length": 512, "num_train_epochs": epochs}
-    usual = {**common, "data": data, "batch_size": 16, "objective": {"name": "dpo", "beta": 0.1}}
-    small = {**common, "data": data, "batch_size": 4, "learning_rate": 5e-4}
+    dpo = {"name": "dpo", "beta": 0.1}
+    usual = {**common, "data": data, "batch_size": 16, "objective": dpo}
+    small = {**common, "data": data, "batch_size": 4, "learning_rate": 1e-4}
     found: dict[str, dict[str, Any]] = {
         "dpo-5e-6": {**usual, "learning_rate": 5e-6},
         "dpo-5e-5": {**usual, "learning_rate": 5e-5},
-        "dpo": {**small, "objective": {"name": "dpo", "beta": 0.1}},
+        "dpo-5e-4": {**small, "objective": dpo, "learning_rate": 5e-4},
+        "dpo-rpo": {**small, "objective": {"name": "dpo", "beta": 0.3, "rpo_alpha": 1.0}, "learning_rate": 5e-4},
         "ipo": {**small, "objective": {"name": "ipo", "beta": 0.1}},
-        "simpo": {**small, "objective": "simpo", "learning_rate": 2e-4},
-        "orpo": {**small, "model": base, "adapter": LORA, "objective": {"name": "orpo", "beta": 0.1}},
+        "simpo": {**small, "objective": "simpo"},
+        "orpo": {
+            **{**small, "model": base, "adapter": LORA},
+            **{"objective": {"name": "orpo", "beta": 0.1}, "learning_rate": 5e-4},
+        },
     }
     for name, path in kto.items():
         found[name] = {**small, "data": {"train": str(path)}, "objective": {"name": "kto", "beta": 0.1}}
