@@ -117,8 +117,14 @@ def plans(
             **{"objective": {"name": "orpo", "beta": 0.1}, "learning_rate": 5e-4},
         },
     }
-    for name, path in kto.items():
-        found[name] = {**small, "data": {"train": str(path)}, "objective": {"name": "kto", "beta": 0.1}}
+    kto_of = {"name": "kto", "beta": 0.1}
+    weighted = {**kto_of, "desirable_weight": 5.0}  # what `shikomi data check` asks for at 1:5
+    for name, options, path in (
+        ("kto-1-1", kto_of, kto["kto-1-1"]),
+        ("kto-1-5", weighted, kto["kto-1-5"]),
+        ("kto-1-5-even", kto_of, kto["kto-1-5"]),
+    ):
+        found[name] = {**small, "data": {"train": str(path)}, "objective": options}
     return found
 
 
