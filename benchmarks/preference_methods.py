@@ -1,6 +1,6 @@
 """SFT, then DPO, IPO, SimPO and KTO on its own samples, and ORPO from the untouched base: which of them helps.
 
-python benchmarks/preference_methods.py [-o runs/preference-methods] [--only dpo kto ...] [--pairs 400]
+python benchmarks/preference_methods.py [-o runs/preference-methods] [--only dpo-rpo kto-1-1 ...] [--pairs 400]
 
 Task: a package's description in, its maintainer's one-line synopsis out (benchmarks/data/summaries). A pair's chosen
 answer is the synopsis, its rejected one a sample of the SFT model, of prompts that SFT has not seen. Scored on 500
@@ -222,9 +222,9 @@ def main() -> None:
     data = {"train": str(pairs), "validation": str(held)}
     keys = {"objective": "reward", "max_length": 512, "num_train_epochs": 2, "batch_size": 16, "learning_rate": 1e-3}
     train(work / "reward", model=args.model, adapter=LORA, data=data, **keys)
-    if not args.only:
-        call("eval", work / "reward", held)
     recipes = plans(args.model, sft, pairs, held, kto, args.epochs)
+    if unknown := set(args.only or ()) - recipes.keys():
+        parser.error(f"--only: {', '.join(sorted(unknown))} is none of {', '.join(recipes)}")
     chosen = [name for name in recipes if not args.only or name in args.only]
     runs: dict[str, Path | None] = {"base": None, "sft": sft}
     for name in chosen:
@@ -234,9 +234,9 @@ def main() -> None:
     if args.no_table:
         return
     values = judged(work, given)
-    of_sft = given["sft"], values["sft"]
     lines = [
-        describe(name, given[name], references, of_sft[0], (values[name], of_sft[1]), run) for name, run in runs.items()
+        describe(name, given[name], references, given["sft"], (values[name], values["sft"]), run)
+        for name, run in runs.items()
     ]
     accuracy = reward_accuracy(work / "reward")
     head = ["", "ROUGE-L", "chrF", "length / references'", "wins over SFT by chrF", "by the reward model"]

@@ -223,7 +223,7 @@ class Ready:
             return self.prompted.file.spec
         if self.recipe is None:
             return None
-        own = self.recipe.data  # of pairs or judged answers their questions, with the recipe's template of them
+        own = self.recipe.data  # of pairs and judged answers the question is read, by its keys or the recipe's template
         return own.model_copy(update={"format": "auto"}) if own.format in PREFERENCES else own
 
     def _prompts(self, rows: Sequence[Conversation], max_new_tokens: int) -> list[list[int]]:
@@ -235,13 +235,14 @@ class Ready:
         return [self.prompted.encode(row, self.encoder, room) for row in rows]
 
     def _spec(self, file: str | Path, prompt: str | None, completion: str | None) -> DataSpec:
-        own = self._own_spec
-        base = own if own is not None else DataSpec(train=(Source(path=str(file)),))
-        given = {k: v for k, v in (("prompt", prompt), ("completion", completion)) if v is not None}
-        if given and own is None:
-            given.setdefault("prompt", "{prompt}")
-            given.setdefault("completion", "{completion}")
-        return base.model_copy(update=given)
+        spec = self._own_spec or DataSpec(train=(Source(path=str(file)),))
+        if prompt is None and completion is None:
+            return spec
+        templates = {
+            "prompt": prompt or spec.prompt or "{prompt}",
+            "completion": completion or spec.completion or "{completion}",
+        }
+        return spec.model_copy(update=templates)
 
     def _label_scores(self, prompts: Sequence[Sequence[int]]) -> Any:
         assert self.labels is not None

@@ -527,3 +527,5 @@ def test_a_policy_answers_rows_that_have_only_a_question(names, tiny_llama, tmp_
     assert again == [policy.generate(pair["prompt"], 3) for pair in pairs()[:2]]
     other = [row["prediction"] for row in policy.predict(unseen, "Say {text}", max_new_tokens=3)]
     assert other[0] == other[1] and len(other) == 2
+    answered = write(tmp_path / "answered.jsonl", [{"text": "red", "completion": "a red"}])
+    assert policy.evaluate(answered, ["loss"], prompt="Say {text}")["n"] == 1  # {completion}, as with any model
